@@ -1,0 +1,111 @@
+"""Batches of packed rows: sources -> tokens -> FIM -> rows -> batch = f(seed, step), on any number of hosts.
+
+    corpus = load_corpus(config.data, config.model.vocab_size, run_folder)
+    rows = TrainRows(corpus, config.data, config.seq_len, config.seed)
+    for step, arrays in batches(rows, lambda step: (16 * step, 16 * step + 16), 0, 1000):
+        ...
+"""
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+from dsjax.config import ConfigError, DataConfig
+from dsjax.data.corpus import Corpus, load_corpus
+from dsjax.data.documents import N_SPECIALS, Epoch, draw_epoch, slice_document, uniforms
+from dsjax.data.packing import PACKERS, Plan, concat, render
+
+__all__ = ["Corpus", "TrainRows", "batches", "heldout_rows", "load_corpus"]
+
+KEPT_EPOCHS = 2  # reading threads run ahead into the next one
+
+
+class TrainRows:
+    """The rows of training, epoch after epoch without end: `rows[i]` is a pure function of (seed, i)."""
+
+    def __init__(self, corpus: Corpus, config: DataConfig, seq_len: int, seed: int):
+        if config.fim_rate and corpus.tokenizer.fim_ids is None:
+            raise ConfigError(f"data.fim_rate={config.fim_rate}: the tokenizer has no FIM tokens, expected 0")
+        self.documents, self.tokenizer = corpus.train, corpus.tokenizer
+        self.config, self.seq_len, self.seed = config, seq_len, seed
+        self.first_rows = [0]  # of each epoch counted so far, and of the next
+        self.plans: dict[int, tuple[Epoch, Plan, np.ndarray]] = {}
+        self.lock = threading.Lock()
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """tokens, segment_ids and positions of a row, each [seq_len] int32."""
+        (epoch, plan, order), row = self._find(row)
+        pieces = []
+        for index, start, length in plan.pieces(order[row]):
+            tokens = self.documents[epoch.document[index]]
+            pieces.append(slice_document(tokens, epoch.cuts[index], self.tokenizer, start, length))
+        return render(pieces, self.seq_len, self.tokenizer.pad_id)
+
+    def epoch(self, row: int) -> int:
+        """The number of the pass over the documents that a row belongs to."""
+        with self.lock:
+            while row >= self.first_rows[-1]:
+                self._plan(len(self.first_rows) - 1)
+            return bisect_right(self.first_rows, row) - 1
+
+    def _find(self, row: int):
+        number = self.epoch(row)
+        with self.lock:
+            return self._plan(number), row - self.first_rows[number]
+
+    def _plan(self, number: int) -> tuple[Epoch, Plan, np.ndarray]:
+        """An epoch, its plan and the order of its rows; called with the lock held, epochs first in their order."""
+        if number not in self.plans:
+            epoch = draw_epoch(self.documents, self.config.fim_rate, self.seed, number)
+            plan = PACKERS[self.config.packing](epoch.lengths, self.seq_len)
+            # Rows side by side share a document, or its length: mixed, so that a batch is of many documents.
+            order = np.argsort(uniforms(plan.n_rows, self.seed, number, 4), kind="stable")
+            self.plans[number] = epoch, plan, order
+            if number + 1 == len(self.first_rows):
+                self.first_rows.append(self.first_rows[-1] + plan.n_rows)
+            while len(self.plans) > KEPT_EPOCHS:
+                del self.plans[next(k for k in self.plans if k != number)]
+        return self.plans[number]
+
+
+def batches(
+    rows: TrainRows,
+    ranges: Callable[[int], tuple[int, int]],
+    first_step: int,
+    last_step: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 2,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """(step, arrays [local rows, T]) for each step from first_step until before last_step, read ahead in threads.
+
+    `ranges(step)` is the step's global rows (start, stop); process p of n takes the p-th of n equal parts of them.
+    """
+
+    def read(step: int):
+        start, stop = ranges(step)
+        if (stop - start) % process_count:
+            raise ConfigError(f"batch_size: the {stop - start} rows of step {step} do not divide by {process_count} hosts")
+        size = (stop - start) // process_count
+        mine = [rows[start + process_index * size + i] for i in range(size)]
+        return step, {name: np.stack([row[name] for row in mine]) for name in mine[0]}
+
+    dataset = grain.MapDataset.range(first_step, last_step).map(read)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
+
+
+def heldout_rows(corpus: Corpus, seq_len: int) -> dict[str, np.ndarray]:
+    """All held-out documents as rows [R, seq_len], in order: each transition inside a document occurs once."""
+    plan = concat(corpus.heldout.lengths + N_SPECIALS, seq_len)
+    rows = []
+    for row in range(plan.n_rows):
+        pieces = [
+            slice_document(corpus.heldout[document], (-1, -1), corpus.tokenizer, start, length)
+            for document, start, length in plan.pieces(row)
+        ]
+        rows.append(render(pieces, seq_len, corpus.tokenizer.pad_id))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
