@@ -178,9 +178,9 @@ def _decode(data: bytes, place: str, *, is_file: bool = False) -> str:
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        line = f" line {data.count(b'\n', 0, error.start) + 1}" if is_file else ""
+        line = data.count(b"\n", 0, error.start) + 1
         detail = f"byte 0x{data[error.start]:02x} is not UTF-8 text"
-        raise BadInput(place + line, "wrong encoding", detail) from None
+        raise BadInput(f"{place} line {line}" if is_file else place, "wrong encoding", detail) from None
 
 
 def _parse_json(record: bytes, field: str, place: str) -> str:
@@ -197,8 +197,10 @@ def _parse_json(record: bytes, field: str, place: str) -> str:
     text = value[field]
     if not isinstance(text, str):
         raise BadInput(place, "no text field", f"field {field!r}: expected a string, got {type(text).__name__}")
-    if any("\ud800" <= letter <= "\udfff" for letter in text):  # half of a surrogate pair, which JSON can spell
-        raise BadInput(place, "wrong encoding", f"field {field!r} holds half a surrogate pair, which is not UTF-8 text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell it
+        raise BadInput(place, "wrong encoding", f"field {field!r} holds half a surrogate pair") from None
     return text
 
 
