@@ -6,9 +6,14 @@ range checks, so that a value from Python, from JSON and from the command line p
 
 import dataclasses
 import difflib
+import functools
 import json
+import math
+import os
+import tempfile
 import types
 import typing
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
@@ -16,11 +21,27 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
-_config = dataclass(frozen=True, config=_STRICT)
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be: the message names the field, the value and what would work."""
+    """A configuration that cannot be: the message names the field, the value and what would work, in one line."""
+
+
+@typing.dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def _config(cls):
+    """A frozen dataclass whose values are checked, and whose errors are ConfigErrors."""
+    cls = dataclass(frozen=True, config=_STRICT)(cls)
+    build = cls.__init__
+
+    @functools.wraps(build)
+    def __init__(self, *args, **kwargs):
+        try:
+            build(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise ConfigError(_explain(error.errors()[0], cls)) from None
+
+    cls.__init__ = __init__
+    return cls
 
 
 @_config
@@ -153,6 +174,10 @@ class OptimizerConfig:
     clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
     ema_decay: float | None = Field(None, ge=0, lt=1, description="moving average of the weights; none = no average")
 
+    def __post_init__(self):
+        if list(self.step_at) != sorted(self.step_at) or not all(0 <= part <= 1 for part in self.step_at):
+            raise ConfigError(f"optimizer.step_at={show(self.step_at)}: expected rising numbers between 0 and 1")
+
 
 @_config
 class DataConfig:
@@ -252,6 +277,32 @@ class Config:
             )
 
 
+def batch_phases(config: Config) -> list[tuple[int, int, int]]:
+    """(first step, tokens before it, rows a step) of each stretch of constant batch size, in order.
+
+    The papers leave the shape of the ramp open. Here the batch grows by whole micro-batches, evenly spaced in tokens,
+    and reaches batch_size after batch_ramp_tokens.
+    """
+    rows = config.batch_size // config.accumulate
+    start = config.batch_size if config.batch_size_start is None else config.batch_size_start
+    rises = (config.batch_size - start) // rows
+    phases, step, tokens = [], 0, 0
+    for i in range(rises + 1):
+        size = start + i * rows
+        phases.append((step, tokens, size))
+        if i < rises:
+            missing = config.batch_ramp_tokens * (i + 1) // rises - tokens
+            steps = max(0, -(-missing // (size * config.seq_len)))
+            step, tokens = step + steps, tokens + steps * size * config.seq_len
+    return phases
+
+
+def tokens_before(config: Config, step: int) -> int:
+    """Training tokens seen before `step`, the batch ramp considered; those of the run at `config.steps`."""
+    first, tokens, rows = [phase for phase in batch_phases(config) if phase[0] <= step][-1]
+    return tokens + (step - first) * rows * config.seq_len
+
+
 def to_dict(config) -> dict[str, Any]:
     """The configuration as nested plain values, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -262,6 +313,9 @@ def from_dict(values: dict[str, Any], kind: type = Config):
 
     Raises ConfigError, one line that names the field, the value, what was expected and the nearest valid name.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"a configuration: expected a dictionary of fields, got a {type(values).__name__}")
+    _check_plain(values, kind, "")
     try:
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
@@ -277,7 +331,7 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
     for name, value in changes.items():
         *sections, last = name.replace("-", "_").split(".")
         here, kind = values, type(config)
-        for depth, section in enumerate(sections):
+        for section in sections:
             kind = _field_type(kind, section)
             if not dataclasses.is_dataclass(kind):
                 raise ConfigError(_unknown(name, type(config)))
@@ -287,13 +341,56 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
         leaf = _field_type(kind, last)
         if leaf is None:
             raise ConfigError(_unknown(name, type(config)))
-        here[last] = _parse(value, kind, last) if isinstance(value, str) else value
+        value = _parse(value, kind, last) if isinstance(value, str) else value
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        if dataclasses.is_dataclass(leaf) and not isinstance(value, dict | None):
+            raise ConfigError(f"{name}={show(value)}: expected {expected(name, type(config))}")
+        here[last] = value
     return from_dict(values, type(config))
 
 
 def replace(config, **changes):
     """`dataclasses.replace`, checked again."""
+    for name in changes:
+        if _field_type(type(config), name) is None:
+            raise ConfigError(_unknown(name, type(config)))
     return dataclasses.replace(config, **changes)
+
+
+def save(config: Config, path: str | os.PathLike) -> None:
+    """Writes the configuration as JSON; a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(json.dumps(to_dict(config), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o666 & ~_umask())  # a temporary file is born readable by its owner only
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def load(path: str | os.PathLike) -> Config:
+    """The configuration that `save` wrote. Raises ConfigError that names the file, and the line where it can."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+    try:
+        values = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
+    except (ConfigError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{path}: not a configuration: {show(str(error), quote=False)}") from None
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}{_line_of(str(error), text)}: {error}") from None
 
 
 def field_rows(config, prefix: str = "") -> list[tuple[str, Any, str]]:
@@ -304,7 +401,8 @@ def field_rows(config, prefix: str = "") -> list[tuple[str, Any, str]]:
         if dataclasses.is_dataclass(value):
             rows += field_rows(value, f"{prefix}{field.name}.")
         else:
-            rows.append((prefix + field.name, value, _description(field)))
+            description = type(config).__pydantic_fields__[field.name].description
+            rows.append((prefix + field.name, value, description or ""))
     return rows
 
 
@@ -320,6 +418,60 @@ def field_names(kind: type = Config, prefix: str = "") -> list[str]:
     return names
 
 
+def nearest(name: str, names: typing.Iterable[str]) -> list[str]:
+    """The valid names most like `name`, by the whole or by the last part: peak_lr finds optimizer.peak_lr."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, name[:100], candidate).ratio()
+        last = difflib.SequenceMatcher(None, name[:100], candidate.rpartition(".")[2]).ratio()
+        return max(whole, last)
+
+    scores = {candidate: likeness(candidate) for candidate in names}
+    return [candidate for candidate, score in scores.items() if score == max(scores.values())][:3]
+
+
+def expected(name: str, kind: type = Config) -> str:
+    """What a field takes, in words: `a whole number greater than 0`."""
+    *sections, last = name.replace("-", "_").split(".")
+    for section in sections:
+        kind = _field_type(kind, section)
+    hint = _field_type(kind, last)
+    bounds = []
+    for bound in kind.__pydantic_fields__[last].metadata:
+        for key, words in (("gt", "greater than"), ("ge", "at least"), ("lt", "less than"), ("le", "at most")):
+            if hasattr(bound, key):
+                bounds.append(f"{words} {getattr(bound, key)}")
+    if dataclasses.is_dataclass(hint):
+        words = f"its fields one by one, such as {name}.{dataclasses.fields(hint)[0].name}"
+    elif typing.get_origin(hint) is Literal:
+        words = "one of " + ", ".join(typing.get_args(hint))
+    elif typing.get_origin(hint) is tuple:
+        words = "numbers" if typing.get_args(hint)[0] is float else "one text or more"
+        words += ", separated by commas"
+    else:
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
+        words += " " * bool(bounds) + " and ".join(bounds)
+    return words + (", or none" if _optional(kind, last) else "")
+
+
+def show(value: Any, quote: bool = True) -> str:
+    """A value as one short line, as one would type it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and abs(value) >= 2**63:  # Python refuses to print the longest ones
+        return f"{'-' * (value < 0)}2**{value.bit_length() - 1} or more"
+    if isinstance(value, tuple | list) and all(isinstance(item, str | int | float) for item in value):
+        return show(",".join(show(item) for item in value))
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except ValueError:  # an integer that Python refuses to print, somewhere inside
+        text = f"a {type(value).__name__}"
+    if not text.isprintable() or (quote and isinstance(value, str) and (not text or text != text.strip())):
+        text = ascii(text)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+@functools.cache
 def _hints(kind) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
@@ -337,32 +489,70 @@ def _field_type(kind, name: str):
     return hint
 
 
-def _description(field: dataclasses.Field) -> str:
-    return getattr(field.default, "description", None) or ""
-
-
 def _parse(text: str, kind, name: str) -> Any:
     """A value from the command line; pydantic turns what is left of strings into numbers and booleans."""
+    hint = _field_type(kind, name)
     if _optional(kind, name) and text.lower() in ("none", "null"):
         return None
-    if typing.get_origin(_field_type(kind, name)) is tuple:
+    if typing.get_origin(hint) is tuple:
         return [part for part in text.split(",") if part]
+    if hint is int and len(text) < 100:
+        try:
+            number = float(text)  # 469e9 is a fine number of tokens
+        except ValueError:
+            return text
+        return int(number) if "e" in text.lower() and math.isfinite(number) and number.is_integer() else text
     return text
+
+
+def _check_plain(values: dict, kind, prefix: str) -> None:
+    """Refuses what pydantic would take or trip over: keys that are no names, true for a number, enormous integers."""
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"{prefix}{show(key)}: no such field; names are texts")
+        hint = _field_type(kind, key)
+        if isinstance(value, bool) and hint in (int, float):
+            raise ConfigError(f"{prefix}{key}={show(value)}: expected {expected(key, kind)}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{prefix}{show(key)}={show(value)}: expected a number below 2**63")
+        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            _check_plain(value, hint, f"{prefix}{key}.")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ConfigError(f"{show(max(names, key=names.count))} is there twice")
+    return values
+
+
+def _line_of(message: str, text: str) -> str:
+    """`, line N` if the field that opens the message stands in exactly one line of the JSON text."""
+    key = message.partition(":")[0].partition("=")[0].rpartition(".")[2]
+    lines = [i for i, line in enumerate(text.splitlines(), 1) if f'"{key}"' in line]
+    return f", line {lines[0]}" if len(lines) == 1 else ""
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _unknown(name: str, kind) -> str:
     name = name.replace("-", "_")
-    near = difflib.get_close_matches(name, field_names(kind), n=1, cutoff=0.0)[0]
-    return f"{name}: no such field; the nearest is {near}"
+    return f"{show(name)}: no such field; the nearest is {' or '.join(nearest(name, field_names(kind)))}"
 
 
 def _explain(error: dict[str, Any], kind) -> str:
-    name = ".".join(str(part) for part in error["loc"])
+    """One of pydantic's errors in our words."""
+    name = ".".join(str(part) for part in error["loc"] if isinstance(part, str))  # numbers are places in a tuple
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return _unknown(name, kind)
     if "error" in error.get("ctx", {}):  # one of our own checks
         return str(error["ctx"]["error"])
-    if error["type"] == "missing":
-        return f"{name}: missing"
-    wanted = error["msg"].removeprefix("Input should be ").split(", unable")[0]
-    return f"{name}={error['input']}: expected {wanted}"
+    try:
+        return f"{name}={show(error['input'])}: expected {expected(name, kind)}"
+    except (KeyError, AttributeError, TypeError):  # an argument by place, say
+        return f"{show(name)}: {show(error['msg'], quote=False)}"

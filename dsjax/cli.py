@@ -1,0 +1,478 @@
+"""The command line: one command a verb; it parses, calls one function, prints.
+
+Any field of the configuration is an option, `dsjax train tiny --optimizer.peak-lr=1e-3`. What a user gets wrong is
+answered by one line on stderr and exit code 2. JAX is imported only by the commands that compute.
+"""
+
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsjax import __version__
+from dsjax.config import (
+    Config,
+    ConfigError,
+    expected,
+    field_names,
+    field_rows,
+    load,
+    nearest,
+    override,
+    show,
+    to_dict,
+)
+
+OPTION = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)  # "-- a comment" is a value, "--steps" is not
+
+
+class Number(click.ParamType):
+    """A number in a range, refused in the words that a configuration's fields use."""
+
+    name = "number"
+
+    def __init__(self, kind: type, expected: str, valid: Callable[[Any], bool]):
+        self.kind, self.expected, self.valid = kind, expected, valid
+
+    def convert(self, value, param, ctx):
+        try:
+            number = self.kind(value)
+        except ValueError:
+            number = None
+        if number is None or not self.valid(number):
+            raise ConfigError(f"{param.opts[0]}={show(value)}: expected {self.expected}")
+        return number
+
+
+POSITIVE = Number(int, "a whole number greater than 0", lambda n: n > 0)
+NATURAL = Number(int, "a whole number at least 0", lambda n: 0 <= n < 2**32)
+TEMPERATURE = Number(float, "a number at least 0 (0 = the likeliest token)", lambda t: 0 <= t < float("inf"))
+PROBABILITY = Number(float, "a number greater than 0 and at most 1", lambda p: 0 < p <= 1)
+
+
+class Verb(click.Command):
+    """A command with options of its own and, if `fields`, every configuration field as one more.
+
+    The fields arrive as the argument `changes`, dotted name -> text. Every option may be given once, before or after
+    the arguments.
+    """
+
+    def __init__(self, *args, fields: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fields = field_names() if fields else []
+
+    def parse_args(self, ctx, args):
+        if ctx.resilient_parsing:  # shell completion
+            return super().parse_args(ctx, args)
+        own = {name: p for p in self.get_params(ctx) if isinstance(p, click.Option) for name in p.opts}
+        rest, given, queue = [], {}, list(args)
+        while queue:
+            arg = queue.pop(0)
+            if arg == "--":
+                rest += [arg, *queue]
+                break
+            name, equals, value = arg.partition("=")
+            if len(arg) < 2 or arg[0] != "-":
+                rest.append(arg)
+                continue
+            if name in own and own[name].is_flag:
+                if equals:
+                    raise ConfigError(f"{name}={show(value)}: takes no value; expected {name} alone")
+                rest.append(arg)
+                continue
+            field = name[2:].replace("-", "_")
+            if name not in own and not self._is_field(name, field):
+                raise ConfigError(_unknown_option(arg, [*own, *map(_option, self.fields)]))
+            if not equals:
+                if not queue or OPTION.fullmatch(queue[0]):
+                    wanted = expected(field) if name not in own else _expected_by(own[name])
+                    raise ConfigError(f"{name}: missing value; expected {wanted}")
+                value = queue.pop(0)
+            key = name if name in own else field
+            if key in given:
+                raise ConfigError(f"{name}={show(value)}: given twice, first as {show(given[key])}")
+            given[key] = value
+            if name in own:
+                rest.append(f"{name}={value}")
+        super().parse_args(ctx, rest)
+        if self.fields:
+            ctx.params["changes"] = {key: value for key, value in given.items() if key not in own}
+
+    def _is_field(self, name: str, field: str) -> bool:
+        """Whether it is a field, or a whole section of them, which `override` answers."""
+        return name.startswith("--") and any(known == field or known.startswith(f"{field}.") for known in self.fields)
+
+
+class Dsjax(click.Group):
+    """The commands, with errors of one line."""
+
+    command_class = Verb
+
+    def parse_args(self, ctx, args):
+        own = [name for p in self.get_params(ctx) for name in p.opts]
+        if args and args[0].startswith("-") and args[0] not in own and not ctx.resilient_parsing:
+            raise ConfigError(_unknown_option(args[0], own))
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx, args):
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            near = nearest(args[0], self.commands)[0]
+            raise ConfigError(f"{show(args[0])}: no such command; the nearest is {near}")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx):
+        return list(self.commands)  # in the order of a first visit, not of the alphabet
+
+    def main(self, *args, **kwargs):
+        try:
+            kwargs["standalone_mode"] = False
+            code = super().main(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `dsjax presets | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = 1
+        except ConfigError as error:
+            code = _fail(str(error))
+        except click.exceptions.NoArgsIsHelpError as error:
+            code = 2
+            click.echo(error.format_message())
+        except click.MissingParameter as error:
+            code = _fail(f"{error.param.human_readable_name}: missing; {_see_help(error)}")
+        except click.ClickException as error:
+            message = error.format_message().rstrip(".")
+            code = _fail(f"{message[:1].lower()}{message[1:]}; {_see_help(error)}")
+        except click.Abort:  # Ctrl-C
+            code = 130
+        except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+            code = _fail(f"{error.filename}: {error.strerror}")
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            code = _fail(f"{error.filename or 'disk'}: {error.strerror}")
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+@click.group(
+    cls=Dsjax,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+First steps:
+  dsjax train tiny                            pretrain on Python's sources
+  dsjax generate runs/tiny --prompt "def "    and let the model write
+  dsjax train --help                          more of a command""",
+)
+@click.version_option(__version__, message="dsjax %(version)s")
+def cli():
+    """DeepSeek's models in JAX: train them, talk to them, see what they cost."""
+
+
+@cli.command(
+    fields=True,
+    short_help="Pretrain a preset, or go on with a run.",
+    options_metavar="[--run PATH] [--quiet] [--FIELD=VALUE]...",
+    epilog="""\b
+Examples:
+  dsjax train tiny
+  dsjax train tiny --steps 100 --optimizer.peak-lr=1e-3
+  dsjax train tiny --run runs/mine --data.sources=notes.txt,code/:0.5
+
+Any field of the configuration is an option: `dsjax config PRESET` lists them with what they mean.""",
+)
+@click.argument("preset")
+@click.option("--run", "run", metavar="PATH", help="Run folder; one that exists is resumed.  [default: runs/PRESET]")
+@click.option("--quiet", is_flag=True, help="One line a step interval and no bar, for logs.")
+def train(preset: str, run: str | None, quiet: bool, changes: dict[str, str]):
+    """Pretrain PRESET, or go on with a run that was stopped.
+
+    PRESET is a name that `dsjax presets` lists, a configuration file (.json), or the folder of a run to go on with.
+    """
+    config, folder = _find_config(preset)
+    config = override(config, changes)
+    run_folder = Path(run) if run is not None else folder or Path("runs") / config.name
+    if run_folder.exists() and not run_folder.is_dir():
+        raise ConfigError(f"--run={show(str(run_folder))}: expected a folder, and this is a file")
+    from dsjax.train import loop
+
+    loop.train(config, run_folder, quiet=quiet, explicit=changes)
+
+
+@cli.command(
+    short_help="Continue a prompt with a trained model.",
+    epilog="""\b
+Examples:
+  dsjax generate runs/tiny --prompt "def " --temperature 0.7 --top-p 0.95
+  head -20 program.py | dsjax generate runs/tiny --max-tokens 100 > rest.py""",
+)
+@click.argument("run_folder")
+@click.option("--prompt", metavar="TEXT", help="What to continue.  [default: standard input]")
+@click.option("--temperature", type=TEMPERATURE, default=0.7, show_default=True, help="0 takes the likeliest token.")
+@click.option("--top-p", type=PROBABILITY, default=0.95, show_default=True, help="Sample from this much probability.")
+@click.option("--max-tokens", type=POSITIVE, default=200, show_default=True, help="Longest continuation.")
+@click.option("--seed", type=NATURAL, default=0, show_default=True, help="The same seed writes the same text.")
+@click.option("--checkpoint", type=NATURAL, metavar="STEP", help="Step of the checkpoint.  [default: the newest]")
+def generate(
+    run_folder: str,
+    prompt: str | None,
+    temperature: float,
+    top_p: float,
+    max_tokens: int,
+    seed: int,
+    checkpoint: int | None,
+):
+    """Continue a prompt with the model of RUN_FOLDER, streaming to standard output.
+
+    A prompt from standard input is taken without its last line break.
+    """
+    folder = _find_run(run_folder)
+    prompt = _read_prompt() if prompt in (None, "-") else prompt
+    from dsjax.infer.generate import stream
+
+    for text in stream(
+        folder, prompt, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, step=checkpoint
+    ):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    if sys.stdout.isatty():
+        sys.stdout.write("\n")
+
+
+@cli.command(
+    short_help="List the presets and what they cost.",
+    epilog="""\b
+Examples:
+  dsjax presets
+  dsjax presets --json""",
+)
+@click.option("--json", "as_json", is_flag=True, help="Exact numbers as JSON.")
+def presets(as_json: bool):
+    """List the presets: parameters, layers, experts, cache and FLOPs a token.
+
+    `dsjax config PRESET` prints one whole; a new one is a file in configs/.
+    """
+    import configs
+    from dsjax.plan import count
+
+    rows = [count.summary(configs.load(name)) for name in configs.PRESETS]
+    if as_json:
+        return click.echo(json.dumps(rows, indent=2))
+    body = []
+    for row in rows:
+        numbers, experts, kept = row["parameters"], row["experts"], row["cache_bytes_per_token"]
+        v1 = row["attention"] == "mha"
+        body.append(
+            (
+                row["name"],
+                human(numbers["total"]),
+                human(numbers["active_body_embed_head" if v1 else "active_body_head"]) + ("*" if v1 else " "),
+                human(numbers["mtp"]) if numbers["mtp"] else "-",
+                str(row["layers"]["total"]),
+                f"{experts['routed']}+{experts['shared']}",
+                str(experts["per_token"]),
+                human(kept["own"]),
+                human(kept["mha"]),
+                human(kept["gqa8"]),
+                human(row["train_flops_per_token"]["causal"]).replace("B", "G"),
+            )
+        )
+    head = ("", "", "", "", "", "", "", "cache", "as", "as", "train")
+    names = ("preset", "total", "active ", "MTP", "layers", "experts", "top", "bytes", "MHA", "GQA-8", "FLOPs")
+    _print_table([f"{a}\n{b}" for a, b in zip(head, names)], body, right=range(1, 11))
+    click.echo(
+        "\ntotal   parameters, without those of multi-token prediction (MTP)\n"
+        "active  parameters a token uses, the head's included; * the embedding's too, as\n"
+        "        the DeepSeekMoE paper counts\n"
+        "top     routed experts a token goes to; it passes the shared ones (+) as well\n"
+        "cache   bfloat16 bytes a token, beside the same shape with multi-head and with\n"
+        "        8-group attention\n"
+        "FLOPs   of training, a token: forward and backward, causal, rows of seq_len"
+    )
+
+
+@cli.command(
+    fields=True,
+    short_help="Print every field of a configuration.",
+    options_metavar="[--json] [--FIELD=VALUE]...",
+    epilog="""\b
+Examples:
+  dsjax config v3
+  dsjax config tiny --model.n-routed-experts=32 --json > mine.json
+  dsjax train mine.json""",
+)
+@click.argument("source", metavar="NAME")
+@click.option("--json", "as_json", is_flag=True, help="JSON that `dsjax train FILE.json` takes.")
+def config(source: str, as_json: bool, changes: dict[str, str]):
+    """Print every field of a configuration: its value and what it means.
+
+    NAME is a preset, a run folder or a configuration file (.json). Any field is also an option of `dsjax train`,
+    `dsjax eval` and this command: --seed=1, --model.hidden-size=256. A list is separated by commas, an empty optional
+    value is `none`.
+    """
+    whole, _ = _find_config(source)
+    whole = override(whole, changes)
+    if as_json:
+        return click.echo(json.dumps(to_dict(whole), indent=2))
+    sections: dict[str, list] = {}
+    for name, value, text in field_rows(whole):
+        section, _, field = name.rpartition(".")
+        sections.setdefault(section, []).append((f"  {field}", _as_typed(value), text))
+    for section, rows in sections.items():
+        title = f"{section}: --{section}.FIELD=VALUE" if section else f"{whole.name}: --FIELD=VALUE"
+        click.echo(("\n" if section else "") + click.style(title, bold=True))
+        _print_table(None, rows, widths=(28, 10))
+
+
+@cli.command(
+    "eval",
+    fields=True,
+    short_help="Measure a trained model on held-out text.",
+    options_metavar="[--checkpoint STEP] [--json] [--FIELD=VALUE]...",
+    epilog="""\b
+Examples:
+  dsjax eval runs/tiny
+  dsjax eval runs/tiny --data.sources=other.txt --json""",
+)
+@click.argument("run_folder")
+@click.option("--checkpoint", type=NATURAL, metavar="STEP", help="Step of the checkpoint.  [default: the newest]")
+@click.option("--json", "as_json", is_flag=True, help="The numbers as JSON.")
+def evaluate(run_folder: str, checkpoint: int | None, as_json: bool, changes: dict[str, str]):
+    """Measure the model of RUN_FOLDER on held-out text: its own, or that of other --data.sources."""
+    folder = _find_run(run_folder)
+    override(load(folder / "config.json"), changes)  # a typo shows before JAX is imported
+    from dsjax.train import loop
+
+    result = loop.evaluate(folder, changes, step=checkpoint)
+    if as_json:
+        return click.echo(json.dumps(result, indent=2))
+    rows = [(name, f"{value:.4f}" if isinstance(value, float) else _as_typed(value)) for name, value in result.items()]
+    _print_table(None, rows, right=[1])
+
+
+def main():
+    """The entry point `dsjax`."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark
+    cli.main(prog_name="dsjax")
+
+
+def human(number: int) -> str:
+    """A count with four digits and a suffix: 671.0B."""
+    for size, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            short = number / size
+            return f"{short:.{1 if short >= 10 else 2}f}{suffix}"
+    return str(number)
+
+
+def _find_config(source: str) -> tuple[Config, Path | None]:
+    """The configuration of a preset, of a .json file or of a run folder, and that folder."""
+    import configs
+
+    path = Path(source)
+    if source.replace("-", "_") in configs.PRESETS:
+        return configs.load(source), None
+    if source and (path / "config.json").exists():
+        return load(path / "config.json"), path
+    if path.suffix == ".json":
+        return load(path), None
+    if source and path.is_dir():
+        raise ConfigError(f"{show(source)}: expected a preset or a run folder, and this folder has no config.json")
+    if "/" in source:
+        raise ConfigError(_unknown_run(source))
+    return configs.load(source), None
+
+
+def _find_run(source: str) -> Path:
+    path = Path(source)
+    if not source or not path.is_dir():
+        raise ConfigError(_unknown_run(source))
+    if not (path / "config.json").exists():
+        raise ConfigError(f"{show(source)}: expected a run folder, and this folder has no config.json")
+    return path
+
+
+def _unknown_run(source: str) -> str:
+    parents = dict.fromkeys([Path("runs"), Path(source).parent])  # `dsjax generate tiny` means runs/tiny
+    runs = [str(run.parent) for parent in parents for run in sorted(parent.glob("*/config.json"))]
+    near = nearest(Path(source).name, [f"{Path(run).name}" for run in runs])[:1]
+    found = next((run for run in runs if Path(run).name in near), None)
+    hint = f"the nearest is {found}" if found else "`dsjax train tiny` makes runs/tiny"
+    return f"{show(source)}: no such run folder; {hint}"
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        click.echo("dsjax: the prompt comes from the keyboard; Ctrl-D ends it", err=True)
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: not UTF-8 at byte {error.start}") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _unknown_option(arg: str, known: Iterable[str]) -> str:
+    known = list(known)
+    option = arg.partition("=")[0].replace("_", "-")
+    if option.startswith("--"):
+        # Without the dashes, so that --peak-lr is seen to be the last part of --optimizer.peak-lr.
+        near = [f"--{name}" for name in nearest(option[2:], [name[2:] for name in known if name.startswith("--")])]
+    else:
+        near = nearest(option, known)
+    return f"{show(arg)}: no such option; the nearest is {' or '.join(near)}"
+
+
+def _expected_by(option: click.Option) -> str:
+    return getattr(option.type, "expected", f"a {(option.metavar or 'text').lower()}")
+
+
+def _option(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, float) and value != 0:
+        value = float(f"{value:.6g}")
+        return f"{value:g}" if value < 1e-3 or value >= 1e6 else str(value)
+    return show(value)
+
+
+def _see_help(error: click.ClickException) -> str:
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "dsjax"
+    return f"see `{path} --help`"
+
+
+def _fail(message: str) -> int:
+    click.echo("dsjax: " + " ".join(message.split("\n")), err=True)
+    return 2
+
+
+def _print_table(head: list[str] | None, rows: list[tuple], right: Iterable[int] = (), widths: tuple[int, ...] = ()):
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 120  # a pipe has no edge at 80
+    lines = [*rows, *zip(*(name.split("\n") for name in head))] if head else rows
+    widest = [max(map(len, column)) for column in zip(*lines)]
+    gap = 2 if head is None or sum(widest) + 2 * len(widest) <= console.width else 1
+    table = Table(box=None, show_header=head is not None, padding=(0, gap, 0, 0), pad_edge=False)
+    for i in range(len(rows[0])):
+        table.add_column(
+            head[i] if head else "",
+            justify="right" if i in right else "left",
+            min_width=widths[i] if i < len(widths) else None,
+            no_wrap=i < 2 or head is not None,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))
+    with console.capture() as text:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
