@@ -277,32 +277,6 @@ class Config:
             )
 
 
-def batch_phases(config: Config) -> list[tuple[int, int, int]]:
-    """(first step, tokens before it, rows a step) of each stretch of constant batch size, in order.
-
-    The papers leave the shape of the ramp open. Here the batch grows by whole micro-batches, evenly spaced in tokens,
-    and reaches batch_size after batch_ramp_tokens.
-    """
-    rows = config.batch_size // config.accumulate
-    start = config.batch_size if config.batch_size_start is None else config.batch_size_start
-    rises = (config.batch_size - start) // rows
-    phases, step, tokens = [], 0, 0
-    for i in range(rises + 1):
-        size = start + i * rows
-        phases.append((step, tokens, size))
-        if i < rises:
-            missing = config.batch_ramp_tokens * (i + 1) // rises - tokens
-            steps = max(0, -(-missing // (size * config.seq_len)))
-            step, tokens = step + steps, tokens + steps * size * config.seq_len
-    return phases
-
-
-def tokens_before(config: Config, step: int) -> int:
-    """Training tokens seen before `step`, the batch ramp considered; those of the run at `config.steps`."""
-    first, tokens, rows = [phase for phase in batch_phases(config) if phase[0] <= step][-1]
-    return tokens + (step - first) * rows * config.seq_len
-
-
 def to_dict(config) -> dict[str, Any]:
     """The configuration as nested plain values, ready for JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

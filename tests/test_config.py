@@ -13,7 +13,6 @@ from dsjax.config import (
     Config,
     ConfigError,
     ModelConfig,
-    batch_phases,
     expected,
     field_names,
     field_rows,
@@ -25,7 +24,6 @@ from dsjax.config import (
     save,
     show,
     to_dict,
-    tokens_before,
 )
 
 TINY = configs.load("tiny")
@@ -229,34 +227,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def test_the_batch_grows_by_micro_batches_evenly_in_tokens():
-    config = Config(batch_size=8, accumulate=4, batch_size_start=4, seq_len=10, batch_ramp_tokens=400)
-    assert batch_phases(config) == [(0, 0, 4), (5, 200, 6), (9, 440, 8)]  # a step is not cut
-    assert tokens_before(config, 0) == 0
-    assert tokens_before(config, 5) == 200
-    assert tokens_before(config, 6) == 260
-    assert tokens_before(config, 11) == 600
-    assert batch_phases(TINY) == [(0, 0, 16)]
-
-
-@settings(deadline=None)
-@given(
-    rows=st.integers(1, 5), accumulate=st.integers(1, 6), start=st.integers(1, 6), ramp=st.integers(1, 10**4),
-    step=st.integers(0, 500),
-)  # fmt: skip
-def test_tokens_are_the_sum_of_the_steps(rows, accumulate, start, ramp, step):
-    config = Config(
-        batch_size=rows * accumulate,
-        accumulate=accumulate,
-        batch_size_start=rows * min(start, accumulate),
-        batch_ramp_tokens=ramp,
-        seq_len=7,
-    )
-    sizes = [next(size for first, _, size in reversed(batch_phases(config)) if first <= i) for i in range(step)]
-    assert tokens_before(config, step) == sum(size * 7 for size in sizes)
-    assert batch_phases(config)[-1][2] == config.batch_size
 
 
 def test_words():

@@ -7,7 +7,7 @@ last digit.
 import dataclasses
 from typing import Any
 
-from dsjax.config import Config, ModelConfig, tokens_before
+from dsjax.config import Config, ModelConfig
 
 BYTES = 2  # of one cached bfloat16 element
 
@@ -134,5 +134,4 @@ def summary(config: Config) -> dict[str, Any]:
             "causal": train_flops(model, config.seq_len),
             "non_causal": train_flops(model, config.seq_len, causal=False),
         },
-        "train_tokens": tokens_before(config, config.steps),
     }

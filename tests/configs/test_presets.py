@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import configs
-from dsjax.config import ConfigError, batch_phases, from_dict, load, replace, save, to_dict, tokens_before
+from dsjax.config import ConfigError, from_dict, load, replace, save, to_dict
 from dsjax.plan.count import parameters
+from dsjax.train.schedule import Schedule
 
 PUBLISHED = {  # tokens, the batch in rows at first and at last, the highest learning rate
     "v2_lite": (5.7e12, 4608, 4608, 4.2e-4),
@@ -32,8 +33,10 @@ def test_a_preset_carries_its_name_and_survives_json(name, tmp_path):
 def test_the_steps_of_a_published_run_are_its_tokens(name):
     tokens, first, last, peak_lr = PUBLISHED[name]
     config = configs.load(name)
-    assert abs(tokens_before(config, config.steps) - tokens) <= last * config.seq_len
-    assert (batch_phases(config)[0][2], batch_phases(config)[-1][2]) == (first, last)
+    schedule = Schedule(config)
+    assert abs(schedule.total_tokens - tokens) <= last * config.seq_len
+    assert schedule.rows(0) == (0, first)
+    assert config.batch_size == last
     assert config.optimizer.peak_lr == peak_lr
 
 
