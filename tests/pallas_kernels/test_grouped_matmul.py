@@ -6,10 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from pallas_kernels import grouped_matmul as module
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 M, K, N, E = 48, 16, 24, 5
@@ -22,14 +19,6 @@ PATTERNS = {
     "last group ends early": [7, 0, 13, 3, 5],
     "no group": [0, 0, 0, 0, 0],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_tiles():
-    """Tiles of 16 rows, so that 48 rows are several tiles."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TILE_ROWS", 16)
-        yield
 
 
 def operands(dtype=jnp.float32, seed=0):
