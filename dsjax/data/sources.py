@@ -100,7 +100,7 @@ def _find_files(pattern: str, skipped: Counter) -> list[tuple[Path, str]]:
         known = [p for p in files if _suffix(p) in TEXT | READERS.keys()]
         if not known:
             raise ConfigError(f"data.sources={pattern}: no text, .jsonl, .parquet or .array_record file in this folder")
-        skipped["unknown suffix"] += len(files) - len(known)
+        skipped.update(["unknown suffix"] * (len(files) - len(known)))
         return sorted(((p, p.relative_to(path).as_posix()) for p in known), key=lambda pair: pair[1])
     if glob.has_magic(pattern):
         files = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())

@@ -23,8 +23,8 @@ OTHER_NAMES = {
     FIM[1]: ("<|fim_suffix|>", "<fim_suffix>"),
     FIM[2]: ("<|fim_middle|>", "<fim_middle>"),
 }
-# A word with the one sign before it; up to three digits; signs, which keep the line break and the indentation of the
-# next line; blank lines with the indentation. Against GPT-2's, on Python sources: 9 % fewer tokens.
+# A word with the one sign before it; up to three digits; signs with the spaces, or the line break and the indentation,
+# after them; blank lines with the indentation. Against GPT-2's and DeepSeek-V3's, on Python sources: 9 % fewer tokens.
 WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
 
 
@@ -148,10 +148,9 @@ def _find(backend: Backend, name: str) -> int | None:
 def _without_controls(backend: Backend) -> Backend:
     """A copy that never encodes a control token; added tokens that stand for text (runs of spaces) stay."""
     values = json.loads(backend.to_str())
-    values["added_tokens"] = [
-        t
-        for t in values["added_tokens"]
-        if not (t["special"] or (t["content"].startswith("<") and t["content"].endswith(">")))
-    ]
+    for token in values["added_tokens"]:  # some are not marked as special: DeepSeek's own FIM tokens
+        token["special"] |= token["content"].startswith("<") and token["content"].endswith(">")
     values["post_processor"] = values["truncation"] = values["padding"] = None
-    return Backend.from_str(json.dumps(values))
+    text = Backend.from_str(json.dumps(values))
+    text.encode_special_tokens = True  # as the text they are
+    return text
