@@ -52,9 +52,7 @@ class Survey:
     skipped: dict[str, int]
 
 
-def load_corpus(
-    config: DataConfig, vocab_size: int, folder: Path, *, seed: int = 0, progress: bool = True
-) -> Corpus:
+def load_corpus(config: DataConfig, vocab_size: int, folder: Path, *, seed: int = 0, progress: bool = True) -> Corpus:
     """The corpus of the run in `folder`: made at the first call, read back at later ones, the same each time.
 
     Training and held-out documents depend on the text alone; `seed` only draws what a tokenizer is trained on where
@@ -157,8 +155,9 @@ def _tokenizer(
         if made.get("from") == wanted:
             return Tokenizer.load(path)
         raise ConfigError(
-            f"{path}: made from other text or with another data.tokenizer or model.vocab_size; choose another --run, "
-            f"or delete it and {folder / 'data'} (checkpoints of this run will not fit the new one)"
+            f"{path}: made from other text (the sources or Python have changed), or with another data.tokenizer or "
+            f"model.vocab_size; choose another --run, or delete it and {folder / 'data'} (checkpoints of this run "
+            "will not fit the new one)"
         )
     if config.tokenizer == "bpe":
         rate = BPE_BYTES / survey.n_bytes[~survey.heldout].sum()

@@ -1,9 +1,9 @@
 """Batches of packed rows: sources -> tokens -> FIM -> rows -> batch = f(seed, step), on any number of hosts.
 
-    corpus = load_corpus(config.data, config.model.vocab_size, run_folder)
-    rows = TrainRows(corpus, config.data, config.seq_len, config.seed)
-    for step, arrays in batches(rows, lambda step: (16 * step, 16 * step + 16), 0, 1000):
-        ...
+corpus = load_corpus(config.data, config.model.vocab_size, run_folder)
+rows = TrainRows(corpus, config.data, config.seq_len, config.seed)
+for step, arrays in batches(rows, lambda step: (16 * step, 16 * step + 16), 0, 1000):
+    ...
 """
 
 import threading
@@ -89,7 +89,7 @@ def batches(
     def read(step: int):
         start, stop = ranges(step)
         if (stop - start) % process_count:
-            raise ConfigError(f"batch_size: the {stop - start} rows of step {step} do not divide by {process_count} hosts")
+            raise ConfigError(f"batch_size: {stop - start} rows of step {step} do not divide by {process_count} hosts")
         size = (stop - start) // process_count
         mine = [rows[start + process_index * size + i] for i in range(size)]
         return step, {name: np.stack([row[name] for row in mine]) for name in mine[0]}

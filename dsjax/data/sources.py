@@ -21,8 +21,10 @@ from pathlib import Path
 from dsjax.config import ConfigError, DataConfig
 
 STDLIB_SKIPS = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-TEXT = {".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".json", ".yaml", ".yml", ".toml", ".py", ".pyi", ".ipynb"}
-TEXT |= {".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".rb", ".php", ".sh", ".sql"}
+TEXT = set(".txt .md .rst .tex .html .xml .csv .json .yaml .yml .toml .ini .cfg .py .pyi .ipynb .sh .sql .lua".split())
+TEXT |= set(
+    ".c .h .cc .cpp .hpp .cu .rs .go .java .kt .swift .cs .js .jsx .ts .tsx .css .rb .php .pl .r .jl .hs".split()
+)
 
 
 @dataclass(frozen=True)

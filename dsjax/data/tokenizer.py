@@ -125,7 +125,7 @@ def check_vocabulary(kind: str, vocab_size: int, tokenizer: Tokenizer | None = N
         raise ConfigError(f"model.vocab_size={vocab_size}: data.tokenizer={kind} needs at least {least}")
     if fim_rate and tokenizer and tokenizer.fim_ids is None:
         raise ConfigError(
-            f"data.fim_rate={fim_rate}: data.tokenizer={kind} has no tokens {', '.join(FIM)}; expected 0, or one that has"
+            f"data.fim_rate={fim_rate}: expected 0, for data.tokenizer={kind} has no tokens {', '.join(FIM)}"
         )
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def transitions(arrays) -> list[tuple[int, int]]:
 
 def wanted_transitions(corpus, documents) -> list[tuple[int, int]]:
     whole = [[corpus.tokenizer.bos_id, *documents[i].tolist(), corpus.tokenizer.eos_id] for i in range(len(documents))]
-    return sorted(pair for tokens in whole for pair in zip(tokens, tokens[1:]))
+    return sorted(pair for tokens in whole for pair in pairwise(tokens))
 
 
 def stack(rows) -> dict[str, np.ndarray]:
@@ -132,14 +133,15 @@ def test_a_restart_goes_on_with_the_same_batches(corpus, restart):
 
 
 def test_rows_that_do_not_divide_by_hosts_are_said(corpus):
-    with pytest.raises(Exception, match="the 4 rows of step 0 do not divide by 3 hosts"):
+    with pytest.raises(Exception, match="4 rows of step 0 do not divide by 3 hosts"):
         next(batches(rows_of(corpus), ramp, 0, 2, process_count=3))
 
 
 def same(a, b) -> bool:
     arrays = [(c.train.tokens, c.train.lengths, c.heldout.tokens, c.heldout.lengths) for c in (a, b)]
     equal = all(np.array_equal(x, y) for x, y in zip(*arrays))
-    return equal and a.facts == b.facts and a.heldout_text == b.heldout_text and a.tokenizer.dumps() == b.tokenizer.dumps()
+    texts = [(c.facts, c.heldout_text, c.tokenizer.dumps()) for c in (a, b)]
+    return equal and texts[0] == texts[1]
 
 
 @pytest.fixture
@@ -201,7 +203,7 @@ def test_a_run_folder_of_other_text_is_refused(copied, texts, tmp_path):
     (tmp_path / "other.txt").write_text("another text\n" * 50)
     for sources, size in ((("other.txt",), 320), ((str(texts),), 300)):
         config = DataConfig(sources=tuple(str(tmp_path / s) for s in sources), heldout_fraction=0.1)
-        with pytest.raises(ConfigError, match=r"tokenizer.json: made from other text .* choose another --run, or delete"):
+        with pytest.raises(ConfigError, match=r"tokenizer.json: made from other text .* another --run, or delete"):
             load_corpus(config, size, folder, progress=False)
 
 
@@ -215,8 +217,16 @@ def test_a_corpus_of_bytes_or_of_an_existing_tokenizer(texts, corpus, run_folder
         assert same(load_corpus(config, size, folder, progress=False), other)
 
 
+def test_a_large_corpus_trains_its_tokenizer_on_a_part(texts, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("dsjax.data.corpus.BPE_BYTES", 10_000)
+    config = DataConfig(sources=(str(texts),), heldout_fraction=0.1)
+    part = load_corpus(config, 320, tmp_path, progress=False)
+    assert part.tokenizer.dumps() != corpus.tokenizer.dumps() and part.facts["train"]["bytes"] > 20_000
+    assert part.facts["sha256"] == corpus.facts["sha256"]
+
+
 def test_a_vocabulary_too_small_is_said_before_anything_is_read(tmp_path):
-    with pytest.raises(ConfigError, match="model.vocab_size=200: data.tokenizer=bpe needs at least 262"):
+    with pytest.raises(ConfigError, match=r"model.vocab_size=200: data.tokenizer=bpe needs at least 262"):
         load_corpus(DataConfig(sources=("none.txt",)), 200, tmp_path, progress=False)
 
 

@@ -158,9 +158,9 @@ def test_a_parquet_column_is_named_when_it_is_not_there_or_no_text(tmp_path):
 
 
 def test_a_source_that_is_not_there_is_said(tmp_path):
-    with pytest.raises(ConfigError, match="data.sources=none.txt: no such file or folder; expected stdlib, a file"):
+    with pytest.raises(ConfigError, match=r"data.sources=none.txt: no such file or folder; expected stdlib, a file"):
         read("none.txt")
     with pytest.raises(ConfigError, match=r"data.sources=.*\*.txt: no file matches this pattern"):
         read(tmp_path / "*.txt")
-    with pytest.raises(ConfigError, match="no text, .jsonl, .parquet or .array_record file in this folder"):
+    with pytest.raises(ConfigError, match=r"no text, .jsonl, .parquet or .array_record file in this folder"):
         read(tmp_path)

@@ -111,5 +111,7 @@ def test_a_vocabulary_that_does_not_fit_is_said(tmp_path):
     other = Tokenizer.load(other_tokenizer(tmp_path / "t.json", ["</s>"]))
     with pytest.raises(ConfigError, match=r"model.vocab_size=30: data.tokenizer=t.json needs at least 33"):
         check_vocabulary("t.json", 30, other)
-    with pytest.raises(ConfigError, match=r"data.fim_rate=0.1: data.tokenizer=t.json has no tokens <｜fim▁begin｜>"):
+    with pytest.raises(
+        ConfigError, match=r"data.fim_rate=0.1: expected 0, for data.tokenizer=t.json has no tokens <｜fim▁begin｜>"
+    ):
         check_vocabulary("t.json", 40, other, 0.1)
