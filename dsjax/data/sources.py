@@ -21,10 +21,8 @@ from pathlib import Path
 from dsjax.config import ConfigError, DataConfig
 
 STDLIB_SKIPS = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-TEXT = set(".txt .md .rst .tex .html .xml .csv .json .yaml .yml .toml .ini .cfg .py .pyi .ipynb .sh .sql .lua".split())
-TEXT |= set(
-    ".c .h .cc .cpp .hpp .cu .rs .go .java .kt .swift .cs .js .jsx .ts .tsx .css .rb .php .pl .r .jl .hs".split()
-)
+TEXT = {".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".json", ".yaml", ".yml", ".toml", ".ini", ".ipynb"}
+TEXT |= {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def read_documents(config: DataConfig, skipped: Counter) -> Iterator[Document]:
 
 
 def parse_source(source: str) -> tuple[str, float]:
-    """PATH and WEIGHT of `PATH` or `PATH:WEIGHT`; the weight of a source without one is 1."""
+    """PATH and WEIGHT of `PATH` or `PATH:WEIGHT`; without one it is 1, and each document occurs once an epoch."""
     pattern, colon, weight = source.rpartition(":")
     if not colon or Path(source).exists():
         return source, 1.0
