@@ -79,8 +79,7 @@ def test_an_epoch_has_every_transition_once_and_the_next_one_too(corpus, packing
     assert not np.array_equal(first["tokens"], second["tokens"])
 
 
-@pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_heldout_rows_have_every_transition_once(corpus, packing):
+def test_heldout_rows_have_every_transition_once(corpus):
     arrays = heldout_rows(corpus, T)
     assert transitions(arrays) == wanted_transitions(corpus, corpus.heldout)
     assert arrays["tokens"].shape[1] == T and (arrays["segment_ids"][:-1] > 0).all()
