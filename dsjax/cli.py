@@ -197,9 +197,10 @@ def train(preset: str, run: str | None, quiet: bool, changes: dict[str, str]):
     run_folder = Path(run) if run is not None else folder or Path("runs") / config.name
     if run_folder.exists() and not run_folder.is_dir():
         raise ConfigError(f"--run={show(str(run_folder))}: expected a folder, and this is a file")
+    from dsjax.infer.generate import continue_text
     from dsjax.train import loop
 
-    loop.train(config, run_folder, quiet=quiet, explicit=changes)
+    loop.train(config, run_folder, quiet=quiet, explicit=changes, sampler=continue_text)
 
 
 @cli.command(
@@ -233,6 +234,8 @@ def generate(
     prompt = _read_prompt() if prompt in (None, "-") else prompt
     from dsjax.infer.generate import stream
 
+    if sys.stdout.isatty():
+        sys.stdout.write(prompt)  # a reader wants the whole; a pipe, what is new
     for text in stream(
         folder, prompt, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, step=checkpoint
     ):

@@ -81,37 +81,56 @@ tiles.defvjp(_tiles_forward, _tiles_backward)
 
 def _rows_times_weights(x, w, group_sizes, transposed):
     """y[row] = x[row] @ w[expert of row], or @ w[expert of row].T."""
-    y = jnp.zeros((x.shape[0], w.shape[1 if transposed else 2]), x.dtype)
+    y = jnp.zeros((x.shape[0], w.shape[1 if transposed else 2]), _bits(x.dtype))
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def begin(expert, y):
-        return w[expert].astype(jnp.float32), y
+        return _slice(w, expert, 1)[0], y
 
     def tile(w_expert, y, rows: Rows):
-        new = lax.dot_general(rows.of(x).astype(jnp.float32), w_expert, contract).astype(y.dtype)
-        return lax.dynamic_update_slice_in_dim(y, rows.select(new, rows.of(y)), rows.first, 0)
+        new = _encode(lax.dot_general(rows.of(x), w_expert, contract), x.dtype)
+        old = lax.dynamic_slice_in_dim(y, rows.first, rows.size)
+        return lax.dynamic_update_slice_in_dim(y, rows.select(new, old), rows.first, 0)
 
     def end(expert, y, y_after):
         return y_after
 
-    return _fold_groups(begin, tile, end, y, group_sizes, x.shape[0])
+    return lax.bitcast_convert_type(_fold_groups(begin, tile, end, y, group_sizes, x.shape[0]), x.dtype)
 
 
 def _rows_times_rows(x, dy, group_sizes, dtype):
     """dw[e] = x[rows of e].T @ dy[rows of e]."""
-    dw = jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), dtype)
+    dw = jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), _bits(dtype))
 
     def begin(expert, dw):
         return None, jnp.zeros(dw.shape[1:], jnp.float32)
 
     def tile(_, dw_expert, rows: Rows):
-        x_tile, dy_tile = (rows.select(rows.of(a).astype(jnp.float32), 0) for a in (x, dy))
+        x_tile, dy_tile = rows.select(rows.of(x), 0), rows.select(rows.of(dy), 0)
         return dw_expert + jnp.einsum("mk,mn->kn", x_tile, dy_tile)
 
     def end(expert, dw, dw_expert):
-        return lax.dynamic_update_index_in_dim(dw, dw_expert.astype(dtype), expert, 0)
+        return lax.dynamic_update_index_in_dim(dw, _encode(dw_expert, dtype), expert, 0)
 
-    return _fold_groups(begin, tile, end, dw, group_sizes, x.shape[0])
+    return lax.bitcast_convert_type(_fold_groups(begin, tile, end, dw, group_sizes, x.shape[0]), dtype)
+
+
+def _bits(dtype) -> jnp.dtype:
+    """What the loops slice and update arrays of dtype as: integers for bf16.
+
+    XLA:CPU makes each slice or update of a bf16 array one of the whole array in float32; uint16 it leaves alone.
+    """
+    return jnp.dtype(jnp.uint16 if dtype == jnp.bfloat16 else dtype)
+
+
+def _encode(x: jax.Array, dtype) -> jax.Array:
+    return lax.bitcast_convert_type(x.astype(dtype), _bits(dtype))
+
+
+def _slice(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
+    """x[first : first + size] in float32."""
+    bits = lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, _bits(x.dtype)), first, size)
+    return lax.bitcast_convert_type(bits, x.dtype).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -123,7 +142,7 @@ class Rows:
     own: jax.Array | None = None
 
     def of(self, x):
-        return lax.dynamic_slice_in_dim(x, self.first, self.size)
+        return _slice(x, self.first, self.size)
 
     def select(self, mine, others):
         return mine if self.own is None else jnp.where(self.own[:, None], mine, others)

@@ -1,0 +1,153 @@
+"""Continue prompts: prefill in the expanded form, then decode in the absorbed form on the latent cache.
+
+    for text in stream("runs/tiny", "def ", temperature=0.7, top_p=0.95, max_tokens=200, seed=0):
+        print(text, end="")
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax import config as configuration
+from dsjax.config import ComputeConfig, Config, ConfigError
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.infer.sampling import sample
+from dsjax.model.transformer import DeepSeek
+from dsjax.precision import cast_weights
+from dsjax.state import Batch, Cache, RouterBias
+from dsjax.train.checkpoint import Checkpoints, abstract_state
+from sharding.mesh import make_mesh
+
+CHUNK = 16  # tokens between two looks at the terminal
+
+
+def generate_tokens(
+    model: DeepSeek,
+    router_bias: RouterBias,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_id: int = -1,
+    compute: ComputeConfig = ComputeConfig(),
+) -> Iterator[np.ndarray]:
+    """Continuations of token prompts, as arrays [B, n <= CHUNK] that follow each other; after eos_id come eos_ids.
+
+    Stops when every row has ended or has max_tokens. Call it under `jax.set_mesh`. Raises ConfigError if a prompt is
+    empty or too long for the model.
+    """
+    longest, limit = max(map(len, prompts)), model.cfg.max_position_embeddings
+    if min(map(len, prompts)) == 0:
+        raise ConfigError("prompt: expected at least one token")
+    if longest + max_tokens > limit:
+        raise ConfigError(
+            f"max_tokens={max_tokens}: expected at most {limit - longest} after a prompt of {longest} tokens, as "
+            f"model.max_position_embeddings={limit}"
+        )
+    room = _round_up(longest)
+    tokens = np.zeros((len(prompts), room), np.int32)
+    segments = np.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)], segments[row, : len(prompt)] = prompt, 1
+    positions = np.broadcast_to(np.arange(room, dtype=np.int32), tokens.shape)
+    batch = Batch(*(jnp.asarray(a) for a in (tokens, segments, positions)))
+
+    settings = jnp.float32(temperature), jnp.float32(top_p)
+    cache_size = _round_up(room + max_tokens + CHUNK)
+    key = jax.random.key(seed)
+    token, cache = _first(model, batch, router_bias, jax.random.fold_in(key, 0), *settings, cache_size, compute)
+    ended = token == eos_id
+    yield np.asarray(token)[:, None]
+    done = 1
+    while done < max_tokens and not np.all(ended):
+        token, cache, ended, chunk, n = _next(
+            model, token, cache, ended, router_bias, key, *settings, jnp.int32(done), jnp.int32(max_tokens), eos_id, compute
+        )
+        yield np.asarray(chunk)[:, : int(n)]
+        done += int(n)
+
+
+def _round_up(n: int) -> int:
+    """The next power of two, at least 32: few sizes, few compilations."""
+    return max(32, 1 << (n - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _first(model, batch, router_bias, key, temperature, top_p, cache_size, compute):
+    logits, cache = model.prefill(batch, router_bias, cache_size, compute)
+    return sample(logits, key, temperature, top_p), cache
+
+
+@functools.partial(jax.jit, static_argnums=(10, 11), donate_argnums=2)
+def _next(model, token, cache, ended, router_bias, key, temperature, top_p, done, max_tokens, eos_id, compute):
+    """Up to CHUNK more tokens of every row: (last token, cache, ended rows, tokens [B, CHUNK], how many)."""
+
+    def more(carry):
+        i, _, _, ended, _ = carry
+        return (i < CHUNK) & (done + i < max_tokens) & ~jnp.all(ended)
+
+    def step(carry):
+        i, token, cache, ended, chunk = carry
+        logits, cache = model.decode(token[:, None], cache, router_bias, compute)
+        # The key depends on the token's place alone: the same seed, whatever the chunk.
+        token = sample(logits[:, 0], jax.random.fold_in(key, done + i), temperature, top_p)
+        token = jnp.where(ended, eos_id, token)
+        chunk = jax.lax.dynamic_update_slice_in_dim(chunk, token[:, None], i, axis=1)
+        return i + 1, token, cache, ended | (token == eos_id), chunk
+
+    chunk = jnp.zeros((token.shape[0], CHUNK), jnp.int32)
+    n, token, cache, ended, chunk = jax.lax.while_loop(more, step, (jnp.int32(0), token, cache, ended, chunk))
+    return token, cache, ended, chunk, n
+
+
+class LoadedRun:
+    """A run folder ready to write text: configuration, tokenizer, weights on one device."""
+
+    def __init__(self, run_folder: Path, step: int | None = None):
+        self.config: Config = configuration.load(Path(run_folder) / "config.json")
+        self.tokenizer = Tokenizer.load(Path(run_folder))
+        self.mesh = make_mesh(jax.local_devices()[:1])
+        with Checkpoints(run_folder, read_only=True) as checkpoints:
+            state = checkpoints.restore_model(step, abstract_state(self.config, self.mesh))
+        self.model, self.router_bias = state.model, state.router_bias
+
+    def text(self, prompt: str, **options) -> Iterator[str]:
+        """The continuation of a prompt, piece by piece."""
+        with jax.set_mesh(self.mesh):
+            yield from continue_text(self.model, self.router_bias, self.tokenizer, self.config, prompt, **options)
+
+
+def continue_text(
+    model: DeepSeek, router_bias: RouterBias, tokenizer: Tokenizer, config: Config, prompt: str, **options
+) -> Iterator[str]:
+    """The continuation of a prompt as text, piece by piece, up to the end of the document."""
+    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    model = cast_weights(model, config.compute.dtype)
+    chunks = generate_tokens(
+        model, router_bias, [tokens], eos_id=tokenizer.eos_id, compute=config.compute, **options
+    )
+    ids = (token for chunk in chunks for token in chunk[0].tolist())
+    ended = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
+    return tokenizer.decode_stream(ended)
+
+
+def stream(
+    run_folder: Path | str,
+    prompt: str,
+    *,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+    max_tokens: int = 200,
+    seed: int = 0,
+    step: int | None = None,
+) -> Iterator[str]:
+    """The continuation of a prompt by the model of a run folder, piece by piece; the same for the same seed."""
+    run = LoadedRun(Path(run_folder), step)
+    yield from run.text(prompt, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)

@@ -1,0 +1,147 @@
+"""Multi-head latent attention, expanded and absorbed, and plain multi-head attention (reference section 2)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import ModelConfig
+from dsjax.model.attention import attend
+from dsjax.model.rope import apply_rope, softmax_scale
+from dsjax.nn import RMSNorm, param
+from dsjax.state import KVCache, LatentCache
+from sharding.rules import constrain, spec
+
+Rope = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]  # cos, sin
+
+
+class Query(nnx.Module):
+    """Queries straight from the hidden state (V2-Lite, Moonlight)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        shape = (cfg.hidden_size, cfg.num_attention_heads, cfg.qk_head_dim)
+        self.wq = param(rngs, shape, ("embed", "heads", None), cfg.initializer_range)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
+        return jnp.einsum("btd,dhk->bthk", x, self.wq)
+
+
+class CompressedQuery(nnx.Module):
+    """Queries through a normed latent of width q_lora_rank (V2, V3)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        d, c, std = cfg.hidden_size, cfg.q_lora_rank, cfg.initializer_range
+        self.wq_a = param(rngs, (d, c), ("embed", "latent"), std)
+        self.q_norm = RMSNorm(c, cfg.rms_norm_eps, rngs=rngs)
+        self.wq_b = param(rngs, (c, cfg.num_attention_heads, cfg.qk_head_dim), ("latent", "heads", None), std)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
+        latent = checkpoint_name(jnp.einsum("btd,dc->btc", x, self.wq_a), "attn_latent")
+        return jnp.einsum("btc,chk->bthk", self.q_norm(latent), self.wq_b)
+
+
+class MLA(nnx.Module):
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        d, h, c, std = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.initializer_range
+        self.query = Query(cfg, rngs=rngs) if cfg.q_lora_rank is None else CompressedQuery(cfg, rngs=rngs)
+        self.wkv_a = param(rngs, (d, c + cfg.qk_rope_head_dim), ("embed", "latent"), std)
+        self.kv_norm = RMSNorm(c, cfg.rms_norm_eps, rngs=rngs)
+        self.wkv_b = param(rngs, (c, h, cfg.qk_nope_head_dim + cfg.v_head_dim), ("latent", "heads", None), std)
+        self.wo = param(rngs, (h, cfg.v_head_dim, d), ("heads", None, "embed"), std)
+        self.cfg = cfg
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+        """Expanded form, for training and prefill: the output, and the latents that decoding will need."""
+        q_nope, q_rope = self._queries(x, rope)
+        latent = self._latent(x, rope)
+        # What crosses `context` is the latent, kv_lora_rank + qk_rope_head_dim numbers a token, not the expanded keys.
+        c_kv, k_rope = constrain(latent.c_kv, "batch", None, None), constrain(latent.k_rope, "batch", None, None)
+        kv = jnp.einsum("btc,chk->bthk", c_kv, self.wkv_b)
+        k_nope, v = jnp.split(kv, [self.cfg.qk_nope_head_dim], axis=-1)
+        shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], k_rope.shape[-1]), out_sharding=spec("batch", None, "heads", None))
+        k = jnp.concatenate([k_nope, shared], axis=-1)
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
+        return self._out(checkpoint_name(y, "attn_out")), latent
+
+    def decode(
+        self, x: Float[Array, "B T D"], rope: Rope, cache: LatentCache, length: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B T D"], LatentCache]:
+        """Absorbed form on the latent cache (reference section 2.3): wkv_b goes to the query and to the output."""
+        q_nope, q_rope = self._queries(x, rope)
+        latent = self._latent(x, rope)
+        cache = LatentCache(_write(cache.c_kv, latent.c_kv, length), _write(cache.k_rope, latent.k_rope, length))
+        w_uk, w_uv = jnp.split(self.wkv_b[...], [self.cfg.qk_nope_head_dim], axis=-1)
+        q_latent = jnp.einsum("bthk,chk->bthc", q_nope, w_uk)
+        scores = jnp.einsum("bthc,bsc->bhts", q_latent, cache.c_kv, preferred_element_type=jnp.float32)
+        scores += jnp.einsum("bthr,bsr->bhts", q_rope, cache.k_rope, preferred_element_type=jnp.float32)
+        p = _masked_softmax(scores * softmax_scale(self.cfg), length)
+        o_latent = jnp.einsum("bhts,bsc->bthc", p.astype(x.dtype), cache.c_kv)
+        return self._out(jnp.einsum("bthc,chv->bthv", o_latent, w_uv)), cache
+
+    def _queries(self, x, rope):
+        q_nope, q_rope = jnp.split(self.query(x), [self.cfg.qk_nope_head_dim], axis=-1)
+        return q_nope, apply_rope(q_rope, *rope)
+
+    def _latent(self, x, rope) -> LatentCache:
+        latent = checkpoint_name(jnp.einsum("btd,dc->btc", x, self.wkv_a), "attn_latent")
+        c_kv, k_rope = jnp.split(latent, [self.cfg.kv_lora_rank], axis=-1)
+        return LatentCache(self.kv_norm(c_kv), apply_rope(k_rope, *rope))
+
+    def _out(self, y):
+        return jnp.einsum("bthv,hvd->btd", y, self.wo, out_sharding=spec("batch", "seq", None))
+
+
+class MHA(nnx.Module):
+    """Plain multi-head attention with RoPE on the whole head (DeepSeekMoE-16B)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        d, h, k, std = cfg.hidden_size, cfg.num_attention_heads, cfg.v_head_dim, cfg.initializer_range
+        self.wq = param(rngs, (d, h, k), ("embed", "heads", None), std)
+        self.wk = param(rngs, (d, h, k), ("embed", "heads", None), std)
+        self.wv = param(rngs, (d, h, k), ("embed", "heads", None), std)
+        self.wo = param(rngs, (h, k, d), ("heads", None, "embed"), std)
+        self.cfg = cfg
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """The output, and the keys and values that decoding will need."""
+        q, k, v = self._project(x, rope)
+        whole = ("batch", None, "heads", None)
+        y = attend(q, constrain(k, *whole), constrain(v, *whole), segment_ids, softmax_scale(self.cfg))
+        return self._out(checkpoint_name(y, "attn_out")), KVCache(k, v)
+
+    def decode(
+        self, x: Float[Array, "B T D"], rope: Rope, cache: KVCache, length: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """The same on cached keys and values."""
+        q, k, v = self._project(x, rope)
+        cache = KVCache(_write(cache.k, k, length), _write(cache.v, v, length))
+        scores = jnp.einsum("bthk,bshk->bhts", q, cache.k, preferred_element_type=jnp.float32)
+        p = _masked_softmax(scores * softmax_scale(self.cfg), length)
+        return self._out(jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), cache.v)), cache
+
+    def _project(self, x, rope):
+        q, k, v = (jnp.einsum("btd,dhk->bthk", x, w) for w in (self.wq, self.wk, self.wv))
+        return apply_rope(q, *rope), apply_rope(k, *rope), v
+
+    def _out(self, y):
+        return jnp.einsum("bthk,hkd->btd", y, self.wo, out_sharding=spec("batch", "seq", None))
+
+
+def _write(cache: Float[Array, "B S *F"], new: Float[Array, "B T *F"], length: Int[Array, "B"]) -> Float[Array, "B S *F"]:
+    """`cache` with `new` at each row's own length."""
+    return jax.vmap(lambda c, n, at: jax.lax.dynamic_update_slice_in_dim(c, n.astype(c.dtype), at, 0))(cache, new, length)
+
+
+def _masked_softmax(scores: Float[Array, "B H T S"], length: Int[Array, "B"]) -> Float[Array, "B H T S"]:
+    """Softmax over what is written: new token t sees the first length + t + 1 entries."""
+    t, s = scores.shape[2:]
+    seen = jnp.arange(s) <= (length[:, None] + jnp.arange(t))[:, :, None]
+    return jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)

@@ -1,0 +1,224 @@
+"""The network: embedding, dense blocks, MoE blocks, final norm, head, and multi-token prediction on top."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsjax.config import BalanceConfig, ComputeConfig, ModelConfig
+from dsjax.model.balance import balance_losses, expert_load
+from dsjax.model.mla import MHA, MLA, Rope
+from dsjax.model.moe import MoE
+from dsjax.model.mtp import MTPInput, hide, look_ahead
+from dsjax.model.rope import rope_tables
+from dsjax.nn import RMSNorm, SwiGLU, param, stack
+from dsjax.state import Batch, Cache, KVCache, LatentCache, RouterBias
+from sharding.rules import constrain, spec
+
+# What remat=deepseek keeps for the backward pass; norms, up-projections and SwiGLU outputs are computed again.
+_SAVED = ("attn_latent", "attn_out", "attn_residual", "routing", "dispatched", "mlp_gate", "mlp_up")
+
+
+class Outputs(NamedTuple):
+    """What a forward pass gives. Losses are sums over rows, by name, over all layers."""
+
+    hidden: jax.Array  # [B, T, D] after the final norm
+    mtp_hidden: tuple[jax.Array, ...]  # each depth's [B, T, D] after its own norm
+    load: RouterBias  # tokens routed to each expert, [layers, E] each
+    balance: dict[str, jax.Array]
+
+
+class Layer(NamedTuple):
+    """What an MoE layer says of its routing."""
+
+    load: jax.Array  # [E]
+    balance: dict[str, jax.Array]
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, cfg: ModelConfig, kind: str, *, rngs: nnx.Rngs):
+        self.attn_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, rngs=rngs)
+        self.attn = (MLA if cfg.attention == "mla" else MHA)(cfg, rngs=rngs)
+        self.ffn_norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps, rngs=rngs)
+        if kind == "moe":
+            self.ffn = MoE(cfg, rngs=rngs)
+        else:
+            self.ffn = SwiGLU(cfg.hidden_size, cfg.intermediate_size, cfg.initializer_range, rngs=rngs)
+        self.kind, self.cfg = kind, cfg
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        segment_ids: Int[Array, "B T"],
+        bias: Float[Array, "E"],
+        balance: BalanceConfig,
+        implementation: str,
+    ) -> tuple[Float[Array, "B T D"], LatentCache | KVCache, Layer | None]:
+        """x after the block, what decoding will need of its tokens, and an MoE block's load."""
+        y, past = self.attn(self.attn_norm(x), rope, segment_ids)
+        x, layer = self._feed_forward(checkpoint_name(x + y, "attn_residual"), segment_ids, bias, balance, implementation)
+        return x, past, layer
+
+    def decode(self, x, rope, cache, length, bias, implementation):
+        """The same for new tokens on a cache: x after the block, and the longer cache."""
+        y, cache = self.attn.decode(self.attn_norm(x), rope, cache, length)
+        x, _ = self._feed_forward(x + y, None, bias, BalanceConfig(), implementation)
+        return x, cache
+
+    def _feed_forward(self, x, segment_ids, bias, balance, implementation):
+        if self.kind == "dense":
+            return x + self.ffn(self.ffn_norm(x)), None
+        y, routing = self.ffn(self.ffn_norm(x), bias, implementation)
+        routing = jax.tree.map(lambda a: checkpoint_name(a, "routing"), routing)
+        if segment_ids is None:
+            return x + y, None
+        valid = segment_ids > 0
+        return x + y, Layer(expert_load(routing, valid), balance_losses(routing, valid, self.cfg, balance))
+
+
+class DeepSeek(nnx.Module):
+    """A DeepSeek model: V1, V2 and V3 by configuration. A value: nothing changes after `__init__`."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        v, d, std = cfg.vocab_size, cfg.hidden_size, cfg.initializer_range
+        self.embed = param(rngs, (v, d), ("vocab", "embed"), std)
+        self.dense = stack(lambda r: Block(cfg, "dense", rngs=r), cfg.first_k_dense_replace, rngs)
+        self.moe = stack(lambda r: Block(cfg, "moe", rngs=r), cfg.num_moe_layers, rngs)
+        self.norm = RMSNorm(d, cfg.rms_norm_eps, rngs=rngs)
+        self.head = param(rngs, (d, v), ("embed", "vocab"), std)
+        self.mtp_input = stack(lambda r: MTPInput(cfg, rngs=r), cfg.num_nextn_predict_layers, rngs)
+        self.mtp_block = stack(lambda r: Block(cfg, "moe", rngs=r), cfg.num_nextn_predict_layers, rngs)
+        self.cfg = cfg
+
+    def __call__(
+        self,
+        batch: Batch,
+        router_bias: RouterBias,
+        compute: ComputeConfig = ComputeConfig(),
+        balance: BalanceConfig = BalanceConfig(),
+    ) -> Outputs:
+        """Hidden states of every position; `logits` of them are the predictions of the next tokens."""
+        rope = rope_tables(batch.positions, self.cfg)
+
+        def block(x, layer, bias, segment_ids):
+            x, _, said = layer(x, rope, segment_ids, bias, balance, compute.grouped_matmul)
+            return x, said
+
+        block = remat(block, compute.remat)
+        x = self._embed(batch.tokens, compute)
+        x, _ = _scan(lambda x, layer: block(x, layer, None, batch.segment_ids), x, self.dense, compute.scan_layers)
+        layers = (self.moe, router_bias.moe)
+        x, said = _scan(lambda x, xs: block(x, *xs, batch.segment_ids), x, layers, compute.scan_layers)
+        hidden = self.norm(x)
+
+        depths, mtp_hidden, recycled = [], [], hidden if self.cfg.mtp_hidden == "post_norm" else x
+        for k in range(self.cfg.num_nextn_predict_layers):
+            read, mtp_block = _layer(self.mtp_input, k), _layer(self.mtp_block, k)
+            tokens, segment_ids = look_ahead(batch, k + 1)
+            x = read(hide(self._embed(tokens, compute), segment_ids), recycled)
+            # Positions stay those of the trunk; a place whose token lies in another document takes no part.
+            x, depth = block(x, mtp_block, router_bias.mtp[k], segment_ids)
+            mtp_hidden.append(read.out_norm(x))
+            recycled = mtp_hidden[-1] if self.cfg.mtp_hidden == "post_norm" else x
+            depths.append(depth)
+        mtp_said = _stack_leaves(depths) if depths else jax.tree.map(lambda a: a[:0], said)
+
+        losses = jax.tree.map(lambda a, b: jnp.sum(a) + jnp.sum(b), said.balance, mtp_said.balance)
+        return Outputs(hidden, tuple(mtp_hidden), RouterBias(said.load, mtp_said.load), losses)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Scores of the vocabulary, float32."""
+        out = jnp.einsum("btd,dv->btv", hidden, self.head, preferred_element_type=jnp.float32)
+        return constrain(out, "batch", "seq", "vocab")
+
+    def prefill(
+        self, batch: Batch, router_bias: RouterBias, cache_size: int, compute: ComputeConfig = ComputeConfig()
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits after each row's last token, and a cache of `cache_size` places that holds the rows.
+
+        Rows are padded on the right with segment 0. Expanded form.
+        """
+        rope = rope_tables(batch.positions, self.cfg)
+
+        def block(x, layer, bias):
+            x, past, _ = layer(x, rope, batch.segment_ids, bias, BalanceConfig(), compute.grouped_matmul)
+            return x, past
+
+        x = self._embed(batch.tokens, compute)
+        x, dense = _scan(lambda x, layer: block(x, layer, None), x, self.dense, compute.scan_layers)
+        x, moe = _scan(lambda x, xs: block(x, *xs), x, (self.moe, router_bias.moe), compute.scan_layers)
+        length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
+        last = jnp.take_along_axis(x, jnp.maximum(length - 1, 0)[:, None, None], axis=1)
+        more = cache_size - batch.tokens.shape[1]
+
+        def grow(a):  # [L, B, T, ...] to [L, B, S, ...]
+            return jnp.pad(a, ((0, 0), (0, 0), (0, more), *((0, 0),) * (a.ndim - 3)))
+
+        return self.logits(self.norm(last))[:, 0], Cache(*jax.tree.map(grow, (dense, moe)), length)
+
+    def decode(
+        self,
+        tokens: Int[Array, "B T"],
+        cache: Cache,
+        router_bias: RouterBias,
+        compute: ComputeConfig = ComputeConfig(),
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Logits of new tokens given the cache, and the longer cache. Absorbed form."""
+        positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
+        rope = rope_tables(positions, self.cfg)
+
+        def block(x, layer, past, bias):
+            return layer.decode(x, rope, past, cache.length, bias, compute.grouped_matmul)
+
+        x = self._embed(tokens, compute)
+        x, dense = _scan(lambda x, xs: block(x, *xs, None), x, (self.dense, cache.dense), compute.scan_layers)
+        layers = (self.moe, cache.moe, router_bias.moe)
+        x, moe = _scan(lambda x, xs: block(x, *xs), x, layers, compute.scan_layers)
+        return self.logits(self.norm(x)), Cache(dense, moe, cache.length + tokens.shape[1])
+
+    def _embed(self, tokens, compute: ComputeConfig):
+        table = constrain(self.embed[...], "vocab", None)
+        x = table.at[tokens].get(out_sharding=spec("batch", "seq", None))
+        return x.astype(compute.dtype)
+
+
+def init_router_bias(cfg: ModelConfig) -> RouterBias:
+    """Bias 0 for every expert of every MoE layer."""
+    shapes = cfg.num_moe_layers, cfg.num_nextn_predict_layers
+    return RouterBias(*(jnp.zeros((n, cfg.n_routed_experts), jnp.float32) for n in shapes))
+
+
+def remat(block, policy: str):
+    """`block`, keeping for the backward pass what the policy of that name keeps."""
+    if policy == "none":
+        return block
+    saved = {"full": jax.checkpoint_policies.nothing_saveable}.get(
+        policy, jax.checkpoint_policies.save_only_these_names(*_SAVED)
+    )
+    return jax.checkpoint(block, policy=saved)
+
+
+def _scan(step, x, layers, scan_layers: bool):
+    """jax.lax.scan, or the same unrolled."""
+    if scan_layers:
+        return jax.lax.scan(step, x, layers)
+    n = jax.tree.leaves(layers)[0].shape[0]
+    said = []
+    for i in range(n):
+        x, s = step(x, _layer(layers, i))
+        said.append(s)
+    return x, _stack_leaves(said)
+
+
+def _layer(layers, i: int):
+    return jax.tree.map(lambda a: a[i], layers)
+
+
+def _stack_leaves(trees: list):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)

@@ -1,0 +1,55 @@
+"""The small parts: one weight, n modules as one, RMSNorm, SwiGLU."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from sharding.rules import spec
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], names: tuple[str | None, ...], std: float = 0.0) -> nnx.Param:
+    """One float32 weight, born sharded: N(0, std^2), or ones when std is 0."""
+    make = jax.nn.initializers.normal(std) if std else jax.nn.initializers.ones
+    return nnx.Param(make(rngs.params(), shape, jnp.float32, out_sharding=spec(*names)))
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
+    """n modules as one: every leaf gains a leading [n] axis, ready for `jax.lax.scan`."""
+    return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), n))
+
+
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """x / rms(x) * scale, in float32, returned in x's dtype."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    return (y * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation with a learned scale, kept in float32."""
+
+    def __init__(self, dim: int, eps: float, *, rngs: nnx.Rngs):
+        self.scale = param(rngs, (dim,), (None,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+class SwiGLU(nnx.Module):
+    """Gated feed-forward: w_down(silu(w_gate x) * w_up x)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, std: float, *, rngs: nnx.Rngs):
+        d, f = hidden_size, intermediate_size
+        self.w_gate = param(rngs, (d, f), ("embed", "ff"), std)
+        self.w_up = param(rngs, (d, f), ("embed", "ff"), std)
+        self.w_down = param(rngs, (f, d), ("ff", "embed"), std)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = checkpoint_name(jnp.einsum("btd,df->btf", x, self.w_gate), "mlp_gate")
+        up = checkpoint_name(jnp.einsum("btd,df->btf", x, self.w_up), "mlp_up")
+        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.w_down, out_sharding=spec("batch", "seq", None))

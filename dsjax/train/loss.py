@@ -1,0 +1,127 @@
+"""What training minimises: next-token cross-entropy, multi-token prediction, and expert balance."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from dsjax.config import Config
+from dsjax.model.mtp import look_ahead
+from dsjax.model.transformer import DeepSeek
+from dsjax.state import Batch, RouterBias
+from sharding.rules import constrain, spec
+
+_CHUNK_ELEMENTS = 1 << 22  # logits held at a time on one device: 16 MiB of float32
+_TOKEN_AXES = ("data", "fsdp", "expert", "context")
+
+
+class Counts(NamedTuple):
+    """What sums over the whole global batch are divided by."""
+
+    rows: jax.Array  # [] float32
+    targets: jax.Array  # [1 + depth] float32: next tokens, then those of each MTP depth
+
+
+class LossParts(NamedTuple):
+    """Parts of one micro-batch's share of the loss, in nats a token; sums over micro-batches are the batch's."""
+
+    loss: jax.Array  # [] next-token cross-entropy
+    mtp_loss: jax.Array  # [depth] cross-entropy of each depth, before its weight
+    balance: jax.Array  # [] balance losses with their factors
+    load: RouterBias  # [layers, E] tokens routed to each expert
+
+
+def count(batch: Batch, depth: int) -> Counts:
+    """Counts of a batch [B, T], or of micro-batches [A, B, T]."""
+    flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a, batch)
+    targets = [jnp.sum(look_ahead(flat, k + 1)[1] > 0, dtype=jnp.float32) for k in range(1 + depth)]
+    rows = jnp.sum(jnp.any(flat.segment_ids > 0, axis=1), dtype=jnp.float32)
+    return Counts(jnp.maximum(rows, 1), jnp.maximum(jnp.stack(targets), 1))
+
+
+def total_loss(
+    model: DeepSeek, batch: Batch, router_bias: RouterBias, counts: Counts, mtp_weight: Float[Array, ""], config: Config
+) -> tuple[Float[Array, ""], LossParts]:
+    """This micro-batch's share of loss + mtp_weight / depth * sum(mtp_loss) + balance (arXiv:2412.19437, eq. 25)."""
+    out = model(batch, router_bias, config.compute, config.balance)
+    nats = [
+        cross_entropy(hidden, model.head[...], *next_targets(batch, k + 1)) / counts.targets[k]
+        for k, hidden in enumerate((out.hidden, *out.mtp_hidden))
+    ]
+    mtp = jnp.stack(nats[1:]) if nats[1:] else jnp.zeros((0,), jnp.float32)
+    balance = sum(out.balance.values(), jnp.zeros((), jnp.float32)) / counts.rows
+    total = nats[0] + mtp_weight * jnp.sum(mtp) / max(len(out.mtp_hidden), 1) + balance
+    return total, LossParts(nats[0], mtp, balance, out.load)
+
+
+def next_targets(batch: Batch, n: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    tokens, segment_ids = look_ahead(batch, n)
+    return tokens, segment_ids > 0
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], valid: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Sum over valid positions of -log softmax(hidden head)[target], in nats, float32.
+
+    Logits exist for one chunk of tokens at a time. Where a gradient is wanted it is computed in the same pass, so
+    that no chunk is computed twice.
+    """
+    tokens = spec("batch", "seq")
+    return jax.shard_map(
+        lambda h, w, t, v: lax.psum(_chunked(h.reshape(-1, h.shape[-1]), w, t.reshape(-1), v.reshape(-1)), _TOKEN_AXES),
+        in_specs=(spec("batch", "seq", None), spec(None, "vocab"), tokens, tokens),
+        out_specs=spec(),
+        check_vma=False,
+    )(hidden, constrain(head, None, "vocab"), targets, valid)
+
+
+@jax.custom_vjp
+def _chunked(h, w, targets, valid):
+    return lax.scan(lambda nats, chunk: (nats + _nats(w, *chunk)[0], None), jnp.float32(0), _chunks(w, h, targets, valid))[0]
+
+
+def _chunked_fwd(h, w, targets, valid):
+    def step(carry, chunk):
+        nats, dw = carry
+        h, targets, valid = chunk
+        n, dlogits = _nats(w, h, targets, valid)
+        dlogits = dlogits.astype(h.dtype)
+        dh = jnp.einsum("nv,dv->nd", dlogits, w)
+        dw += jnp.einsum("nd,nv->dv", h, dlogits, preferred_element_type=jnp.float32)
+        return (nats + n, dw), dh
+
+    init = jnp.float32(0), jnp.zeros(w.shape, jnp.float32)
+    (nats, dw), dh = lax.scan(step, init, _chunks(w, h, targets, valid))
+    return nats, (dh.reshape(-1, h.shape[1])[: h.shape[0]], dw.astype(w.dtype))
+
+
+def _chunked_bwd(grads, g):
+    g = lax.psum(g, "tensor")  # every shard of the vocabulary holds a share of the same loss
+    return *((g * d.astype(jnp.float32)).astype(d.dtype) for d in grads), None, None
+
+
+_chunked.defvjp(_chunked_fwd, _chunked_bwd)
+
+
+def _chunks(w, h, targets, valid):
+    n = h.shape[0]
+    size = min(n, max(1, _CHUNK_ELEMENTS // w.shape[1]))
+    pad = -n % size
+    return tuple(
+        jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))).reshape(-1, size, *a.shape[1:]) for a in (h, targets, valid)
+    )
+
+
+def _nats(w, h, targets, valid):
+    """Sum of a chunk's losses, and its gradient by the logits; w is this device's shard of the vocabulary."""
+    logits = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32)
+    hot = targets[:, None] == jnp.arange(w.shape[1]) + lax.axis_index("tensor") * w.shape[1]
+    top = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)), "tensor")
+    exp = jnp.exp(logits - top)
+    total = lax.psum(jnp.sum(exp, axis=-1, keepdims=True), "tensor")
+    target = lax.psum(jnp.sum(jnp.where(hot, logits, 0), axis=-1), "tensor")
+    nats = jnp.log(total[:, 0]) + top[:, 0] - target
+    return jnp.sum(jnp.where(valid, nats, 0)), jnp.where(valid[:, None], exp / total - hot, 0)

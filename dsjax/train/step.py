@@ -1,0 +1,122 @@
+"""One optimizer step: state and batch in, new state and metrics out."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from dsjax.config import Config
+from dsjax.model.balance import max_violation, update_bias
+from dsjax.model.transformer import DeepSeek, init_router_bias
+from dsjax.precision import cast_weights
+from dsjax.state import Batch, RouterBias, TrainState
+from dsjax.train.loss import LossParts, count, cross_entropy, next_targets, total_loss
+from dsjax.train.optimizer import clip, make_optimizer
+from dsjax.train.schedule import Knobs
+
+
+@struct.dataclass
+class Metrics:
+    """What a step says of itself. Losses in nats a token."""
+
+    loss: jax.Array  # [] next-token cross-entropy
+    mtp_loss: jax.Array  # [depth]
+    balance_loss: jax.Array  # []
+    grad_norm: jax.Array  # [] before clipping
+    load: RouterBias  # [layers, E] tokens routed to each expert
+    max_vio: jax.Array  # [layers + depth] MaxVio of each MoE layer
+    skipped: jax.Array  # [] steps skipped so far
+    skipped_in_a_row: jax.Array  # []
+
+
+def init_state(config: Config) -> TrainState:
+    """The state before the first step, born sharded. Call it under `jax.jit` and `jax.set_mesh`."""
+    model = DeepSeek(config.model, rngs=nnx.Rngs(config.seed))
+    zero = jnp.zeros((), jnp.int32)
+    ema = None if config.optimizer.ema_decay is None else jax.tree.map(jnp.copy, model)
+    opt_state = make_optimizer(config.optimizer).init(model)
+    return TrainState(zero, model, opt_state, init_router_bias(config.model), ema, zero, zero)
+
+
+def train_step(state: TrainState, batch: Batch, knobs: dict[str, jax.Array], config: Config) -> tuple[TrainState, Metrics]:
+    """One update from a batch [A, B, T] of A micro-batches, of which the first knobs["micro_batches"] are taken.
+
+    A loss or gradient with NaN or Inf leaves everything as it was but the counts of skipped steps.
+    """
+    grads, parts = _gradients(state, batch, knobs, config)
+    norm = optax.global_norm(grads)
+    good = jnp.isfinite(norm) & jnp.isfinite(parts.loss) & jnp.isfinite(parts.balance) & jnp.all(jnp.isfinite(parts.mtp_loss))
+
+    grads = clip(grads, norm, config.optimizer.clip_norm)
+    updates, opt_state = make_optimizer(config.optimizer).update(grads, state.opt_state, state.model)
+    model = jax.tree.map(lambda w, u: w - knobs["learning_rate"] * u, state.model, updates)
+    ema = state.ema
+    if ema is not None:
+        decay = config.optimizer.ema_decay
+        ema = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, ema, model)
+    bias = state.router_bias
+    if config.model.topk_method == "noaux_tc":
+        bias = jax.tree.map(lambda b, load: update_bias(b, load, knobs["bias_update_speed"]), bias, parts.load)
+
+    def keep(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+    state = TrainState(
+        step=state.step + 1,
+        model=keep(model, state.model),
+        opt_state=keep(opt_state, state.opt_state),
+        router_bias=keep(bias, state.router_bias),
+        ema=keep(ema, state.ema),
+        skipped=state.skipped + ~good,
+        skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
+    )
+    max_vio = jnp.concatenate([max_violation(parts.load.moe), max_violation(parts.load.mtp)])
+    return state, Metrics(
+        parts.loss, parts.mtp_loss, parts.balance, norm, parts.load, max_vio, state.skipped, state.skipped_in_a_row
+    )
+
+
+def _gradients(state: TrainState, batch: Batch, knobs: dict[str, jax.Array], config: Config):
+    """Gradient of the whole batch's loss, and its parts, summed over micro-batches."""
+    counts = count(batch, config.model.num_nextn_predict_layers)
+
+    def loss(model, micro):
+        model = cast_weights(model, config.compute.dtype)
+        return total_loss(model, micro, state.router_bias, counts, knobs["mtp_weight"], config)
+
+    def gradients(micro: Batch) -> tuple[DeepSeek, LossParts]:
+        grads, parts = jax.grad(loss, has_aux=True)(state.model, micro)
+        return grads, parts
+
+    if batch.tokens.shape[0] == 1:
+        return gradients(jax.tree.map(lambda a: a[0], batch))
+    # A loop of changing length: a batch ramp compiles once.
+    scalar = jnp.zeros((), jnp.float32)
+    no_parts = LossParts(scalar, jnp.zeros_like(counts.targets[1:]), scalar, jax.tree.map(jnp.zeros_like, state.router_bias))
+    zeros = jax.tree.map(jnp.zeros_like, state.model), no_parts
+
+    def add(i, total):
+        return jax.tree.map(jnp.add, total, gradients(jax.tree.map(lambda a: a[i], batch)))
+
+    return jax.lax.fori_loop(0, knobs["micro_batches"], add, zeros)
+
+
+def jit_train_step(config: Config):
+    """`train_step` of this configuration, compiled at first use; the old state's memory is given up."""
+    step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
+
+    def call(state: TrainState, batch: Batch, knobs: Knobs):
+        return step(state, batch, {name: jnp.asarray(v) for name, v in vars(knobs).items()})
+
+    return call
+
+
+def heldout_nats(model: DeepSeek, batch: Batch, router_bias: RouterBias, config: Config) -> jax.Array:
+    """[2] float32: sum of next-token losses of a batch [B, T] in nats, and the number of tokens predicted."""
+    model = cast_weights(model, config.compute.dtype)
+    hidden = model(batch, router_bias, config.compute).hidden
+    targets, valid = next_targets(batch, 1)
+    nats = cross_entropy(hidden, model.head[...], targets, valid)
+    return jnp.stack([nats, jnp.sum(valid, dtype=jnp.float32)])
