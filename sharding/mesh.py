@@ -33,7 +33,9 @@ def fill_sizes(n_devices: int, **sizes: int) -> tuple[int, ...]:
     product = " * ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "1"
     if -1 in sizes.values():
         if n_devices % known:
-            raise MeshError(f"mesh: {product} = {known} does not divide the {n_devices} devices{_nearest(n_devices, known)}")
+            raise MeshError(
+                f"mesh: {product} = {known} does not divide the {n_devices} devices{_nearest(n_devices, known)}"
+            )
         sizes = {name: n_devices // known if size == -1 else size for name, size in sizes.items()}
     elif known != n_devices:
         raise MeshError(

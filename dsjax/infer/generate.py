@@ -1,7 +1,7 @@
 """Continue prompts: prefill in the expanded form, then decode in the absorbed form on the latent cache.
 
-    for text in stream("runs/tiny", "def ", temperature=0.7, top_p=0.95, max_tokens=200, seed=0):
-        print(text, end="")
+for text in stream("runs/tiny", "def ", temperature=0.7, top_p=0.95, max_tokens=200, seed=0):
+    print(text, end="")
 """
 
 import functools
@@ -22,6 +22,7 @@ from dsjax.precision import cast_weights
 from dsjax.state import Batch, Cache, RouterBias
 from dsjax.train.checkpoint import Checkpoints, abstract_state
 from sharding.mesh import make_mesh
+from sharding.rules import spec
 
 CHUNK = 16  # tokens between two looks at the terminal
 
@@ -57,7 +58,7 @@ def generate_tokens(
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)], segments[row, : len(prompt)] = prompt, 1
     positions = np.broadcast_to(np.arange(room, dtype=np.int32), tokens.shape)
-    batch = Batch(*(jnp.asarray(a) for a in (tokens, segments, positions)))
+    batch = Batch(*(jax.device_put(a, spec("batch", "seq")) for a in (tokens, segments, positions)))
 
     settings = jnp.float32(temperature), jnp.float32(top_p)
     cache_size = _round_up(room + max_tokens + CHUNK)
@@ -68,7 +69,17 @@ def generate_tokens(
     done = 1
     while done < max_tokens and not np.all(ended):
         token, cache, ended, chunk, n = _next(
-            model, token, cache, ended, router_bias, key, *settings, jnp.int32(done), jnp.int32(max_tokens), eos_id, compute
+            model,
+            token,
+            cache,
+            ended,
+            router_bias,
+            key,
+            *settings,
+            jnp.int32(done),
+            jnp.int32(max_tokens),
+            eos_id,
+            compute,
         )
         yield np.asarray(chunk)[:, : int(n)]
         done += int(n)
@@ -102,7 +113,7 @@ def _next(model, token, cache, ended, router_bias, key, temperature, top_p, done
         chunk = jax.lax.dynamic_update_slice_in_dim(chunk, token[:, None], i, axis=1)
         return i + 1, token, cache, ended | (token == eos_id), chunk
 
-    chunk = jnp.zeros((token.shape[0], CHUNK), jnp.int32)
+    chunk = jnp.zeros((token.shape[0], CHUNK), jnp.int32, out_sharding=spec("batch", None))
     n, token, cache, ended, chunk = jax.lax.while_loop(more, step, (jnp.int32(0), token, cache, ended, chunk))
     return token, cache, ended, chunk, n
 
@@ -130,9 +141,7 @@ def continue_text(
     """The continuation of a prompt as text, piece by piece, up to the end of the document."""
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     model = cast_weights(model, config.compute.dtype)
-    chunks = generate_tokens(
-        model, router_bias, [tokens], eos_id=tokenizer.eos_id, compute=config.compute, **options
-    )
+    chunks = generate_tokens(model, router_bias, [tokens], eos_id=tokenizer.eos_id, compute=config.compute, **options)
     ids = (token for chunk in chunks for token in chunk[0].tolist())
     ended = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
     return tokenizer.decode_stream(ended)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from sharding.rules import constrain
+
 
 def sample(
     logits: Float[Array, "B V"], key: PRNGKeyArray, temperature: Float[Array, ""], top_p: Float[Array, ""]
@@ -12,10 +14,14 @@ def sample(
 
     top_p keeps the smallest set of likeliest tokens whose probability reaches it, never fewer than one.
     """
-    warm = logits / jnp.maximum(temperature, 1e-6)
-    ordered = jnp.sort(jax.nn.softmax(warm, axis=-1), axis=-1, descending=True)
-    before = jnp.cumsum(ordered, axis=-1) - ordered
-    floor = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-    kept = jnp.where(jax.nn.softmax(warm, axis=-1) >= floor, warm, -jnp.inf)
-    drawn = jax.random.categorical(key, kept, axis=-1)
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    logits = constrain(logits, "batch", None)
+
+    def draw():
+        warm = logits / temperature
+        p = jax.nn.softmax(warm, axis=-1)
+        ordered = jnp.sort(p, axis=-1, descending=True)
+        before = jnp.cumsum(ordered, axis=-1) - ordered
+        floor = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        return jax.random.categorical(key, jnp.where(p >= floor, warm, -jnp.inf), axis=-1).astype(jnp.int32)
+
+    return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))

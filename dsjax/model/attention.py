@@ -34,7 +34,11 @@ def attend(
         for start in range(0, t, block):
             rows = slice(start, min(start + block, t))
             seen = slice(0, rows.stop if t == s else s)  # the causal half, where the sequence is not sharded
-            out.append(_attend_block(q[:, rows], k[:, seen], v[:, seen], index[rows], q_segments[:, rows], k_segments[:, seen], scale))
+            out.append(
+                _attend_block(
+                    q[:, rows], k[:, seen], v[:, seen], index[rows], q_segments[:, rows], k_segments[:, seen], scale
+                )
+            )
         return jnp.concatenate(out, axis=1)
 
     return jax.shard_map(

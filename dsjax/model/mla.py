@@ -63,11 +63,13 @@ class MLA(nnx.Module):
         c_kv, k_rope = constrain(latent.c_kv, "batch", None, None), constrain(latent.k_rope, "batch", None, None)
         kv = jnp.einsum("btc,chk->bthk", c_kv, self.wkv_b)
         k_nope, v = jnp.split(kv, [self.cfg.qk_nope_head_dim], axis=-1)
-        shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], k_rope.shape[-1]), out_sharding=spec("batch", None, "heads", None))
+        shared = jnp.broadcast_to(
+            k_rope[:, :, None], (*k_nope.shape[:-1], k_rope.shape[-1]), out_sharding=spec("batch", None, "heads", None)
+        )
         k = jnp.concatenate([k_nope, shared], axis=-1)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
-        return self._out(checkpoint_name(y, "attn_out")), latent
+        return self._out(checkpoint_name(y, "attn_out")), LatentCache(c_kv, k_rope)
 
     def decode(
         self, x: Float[Array, "B T D"], rope: Rope, cache: LatentCache, length: Int[Array, "B"]
@@ -113,8 +115,8 @@ class MHA(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """The output, and the keys and values that decoding will need."""
         q, k, v = self._project(x, rope)
-        whole = ("batch", None, "heads", None)
-        y = attend(q, constrain(k, *whole), constrain(v, *whole), segment_ids, softmax_scale(self.cfg))
+        k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
+        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
         return self._out(checkpoint_name(y, "attn_out")), KVCache(k, v)
 
     def decode(
@@ -135,9 +137,19 @@ class MHA(nnx.Module):
         return jnp.einsum("bthk,hkd->btd", y, self.wo, out_sharding=spec("batch", "seq", None))
 
 
-def _write(cache: Float[Array, "B S *F"], new: Float[Array, "B T *F"], length: Int[Array, "B"]) -> Float[Array, "B S *F"]:
+def _write(
+    cache: Float[Array, "B S *F"], new: Float[Array, "B T *F"], length: Int[Array, "B"]
+) -> Float[Array, "B S *F"]:
     """`cache` with `new` at each row's own length."""
-    return jax.vmap(lambda c, n, at: jax.lax.dynamic_update_slice_in_dim(c, n.astype(c.dtype), at, 0))(cache, new, length)
+
+    def local(cache, new, length):
+        put = jax.lax.dynamic_update_slice_in_dim
+        return jax.vmap(lambda c, n, at: put(c, n.astype(c.dtype), at, 0))(cache, new, length)
+
+    row = spec("batch", None, "heads", None) if cache.ndim == 4 else spec("batch", None, None)
+    return jax.shard_map(local, in_specs=(row, row, spec("batch")), out_specs=row, check_vma=False)(
+        cache, jax.reshard(new, row), length
+    )
 
 
 def _masked_softmax(scores: Float[Array, "B H T S"], length: Int[Array, "B"]) -> Float[Array, "B H T S"]:

@@ -44,4 +44,3 @@ def look_ahead(batch: Batch, n: int) -> tuple[Int[Array, "B T"], Int[Array, "B T
 def hide(x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """x with zeros where the segment is 0."""
     return x * (segment_ids > 0)[..., None].astype(x.dtype)
-

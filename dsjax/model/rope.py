@@ -17,7 +17,9 @@ def inv_freq(dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
         return f
 
     def correction(rotations: float) -> float:
-        return dim * math.log(scaling.original_max_position_embeddings / (2 * math.pi * rotations)) / (2 * math.log(theta))
+        return (
+            dim * math.log(scaling.original_max_position_embeddings / (2 * math.pi * rotations)) / (2 * math.log(theta))
+        )
 
     low = max(math.floor(correction(scaling.beta_fast)), 0)
     high = min(math.ceil(correction(scaling.beta_slow)), dim - 1)

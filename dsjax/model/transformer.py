@@ -62,7 +62,9 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LatentCache | KVCache, Layer | None]:
         """x after the block, what decoding will need of its tokens, and an MoE block's load."""
         y, past = self.attn(self.attn_norm(x), rope, segment_ids)
-        x, layer = self._feed_forward(checkpoint_name(x + y, "attn_residual"), segment_ids, bias, balance, implementation)
+        x, layer = self._feed_forward(
+            checkpoint_name(x + y, "attn_residual"), segment_ids, bias, balance, implementation
+        )
         return x, past, layer
 
     def decode(self, x, rope, cache, length, bias, implementation):
@@ -154,7 +156,8 @@ class DeepSeek(nnx.Module):
         x, dense = _scan(lambda x, layer: block(x, layer, None), x, self.dense, compute.scan_layers)
         x, moe = _scan(lambda x, xs: block(x, *xs), x, (self.moe, router_bias.moe), compute.scan_layers)
         length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
-        last = jnp.take_along_axis(x, jnp.maximum(length - 1, 0)[:, None, None], axis=1)
+        at_last = jnp.arange(x.shape[1]) == length[:, None] - 1
+        last = jnp.einsum("bt,btd->bd", at_last.astype(x.dtype), x)[:, None]
         more = cache_size - batch.tokens.shape[1]
 
         def grow(a):  # [L, B, T, ...] to [L, B, S, ...]

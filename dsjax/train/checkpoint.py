@@ -26,7 +26,9 @@ class Checkpoints:
 
     def __init__(self, run_folder: Path, keep: int | None = None, read_only: bool = False):
         self.folder = Path(run_folder).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, read_only=read_only, cleanup_tmp_directories=not read_only)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, read_only=read_only, cleanup_tmp_directories=not read_only
+        )
         if read_only and not self.folder.is_dir():
             raise ConfigError(f"{run_folder}: expected checkpoints, and this run has none yet; train it first")
         self.manager = ocp.CheckpointManager(self.folder, options=options)

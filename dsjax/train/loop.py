@@ -29,7 +29,7 @@ from dsjax.state import Batch, TrainState
 from dsjax.train.checkpoint import Checkpoints, abstract_state
 from dsjax.train.metrics import Recorder
 from dsjax.train.schedule import Schedule
-from dsjax.train.step import Metrics, heldout_nats, init_state, jit_train_step
+from dsjax.train.step import Metrics, heldout_nats, jit_init_state, jit_train_step
 from sharding.mesh import MeshError, make_mesh
 from sharding.rules import spec
 
@@ -37,7 +37,16 @@ from sharding.rules import spec
 Sampler = Callable[..., Iterator[str]]
 
 # Changes that a run may be resumed with: the rest would make it another run.
-_RESUMABLE = ("steps", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "max_skipped_steps", "mesh.", "compute.")
+_RESUMABLE = (
+    "steps",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_skipped_steps",
+    "mesh.",
+    "compute.",
+)
 
 
 def train(
@@ -68,7 +77,9 @@ def train(
             return _Run(config, run_folder, mesh, corpus, checkpoints, quiet, say, sampler).go()
 
 
-def evaluate(run_folder: Path | str, changes: dict[str, Any] | None = None, *, step: int | None = None) -> dict[str, Any]:
+def evaluate(
+    run_folder: Path | str, changes: dict[str, Any] | None = None, *, step: int | None = None
+) -> dict[str, Any]:
     """Held-out numbers of a run's checkpoint (the newest by default), on its own corpus or on that of `changes`.
 
     Bits per byte stand beside those of gzip -9 and xz -9 on the same bytes.
@@ -145,7 +156,7 @@ class _Run:
     def _start(self) -> tuple[int, TrainState]:
         step = self.checkpoints.latest()
         if step is None:
-            return 0, jax.jit(init_state, static_argnums=0)(self.config)
+            return 0, jit_init_state(self.config)()
         self.say(f"resuming {self.folder} at step {step}")
         return step, self.checkpoints.restore(step, abstract_state(self.config, self.mesh))
 
@@ -162,7 +173,12 @@ class _Run:
         )
         last_row, since, waiting = None, time.perf_counter(), []
         bar = tqdm(
-            total=config.steps, initial=first, unit="step", disable=self.quiet or None, dynamic_ncols=True, file=sys.stderr
+            total=config.steps,
+            initial=first,
+            unit="step",
+            disable=self.quiet or None,
+            dynamic_ncols=True,
+            file=sys.stderr,
         )
         with bar:
             for step, arrays in data:
@@ -339,7 +355,11 @@ def _on_mesh(arrays: dict[str, np.ndarray], mesh, whole: bool = False) -> Batch:
     some = arrays["tokens"]
     names = (*(None,) * (some.ndim - 2), "batch", "seq")
     sharding = jax.NamedSharding(mesh, spec(*names))
-    place = (lambda a: jax.device_put(a, sharding)) if whole else (lambda a: jax.make_array_from_process_local_data(sharding, a))
+    place = (
+        (lambda a: jax.device_put(a, sharding))
+        if whole
+        else (lambda a: jax.make_array_from_process_local_data(sharding, a))
+    )
     return Batch(*(place(arrays[name]) for name in ("tokens", "segment_ids", "positions")))
 
 
@@ -347,7 +367,9 @@ def load_heldout(config: Config, run_folder: Path, own_data) -> Corpus:
     """The corpus to evaluate on, by the run's own tokenizer."""
     if config.data == own_data:
         return load_corpus(config.data, config.model.vocab_size, run_folder, seed=config.seed, progress=False)
-    data = configuration.replace(config.data, tokenizer=str(run_folder / "tokenizer.json"), heldout_fraction=config.data.heldout_fraction)
+    data = configuration.replace(
+        config.data, tokenizer=str(run_folder / "tokenizer.json"), heldout_fraction=config.data.heldout_fraction
+    )
     return load_corpus(data, config.model.vocab_size, run_folder / "eval", seed=config.seed, progress=False)
 
 

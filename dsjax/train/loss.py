@@ -80,7 +80,9 @@ def cross_entropy(
 
 @jax.custom_vjp
 def _chunked(h, w, targets, valid):
-    return lax.scan(lambda nats, chunk: (nats + _nats(w, *chunk)[0], None), jnp.float32(0), _chunks(w, h, targets, valid))[0]
+    return lax.scan(
+        lambda nats, chunk: (nats + _nats(w, *chunk)[0], None), jnp.float32(0), _chunks(w, h, targets, valid)
+    )[0]
 
 
 def _chunked_fwd(h, w, targets, valid):

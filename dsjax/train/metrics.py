@@ -71,7 +71,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     loss.plot(steps, [row["loss"] for row in train], label="training", linewidth=1)
     for k in range(len(train[0]["mtp_loss"]) if train else 0):
         loss.plot(steps, [row["mtp_loss"][k] for row in train], label=f"MTP depth {k + 1}", linewidth=1, alpha=0.6)
-    loss.plot([row["step"] for row in held], [row["heldout_nats"] for row in held], "ko-", label="held-out", markersize=4)
+    loss.plot(
+        [row["step"] for row in held], [row["heldout_nats"] for row in held], "ko-", label="held-out", markersize=4
+    )
     loss.set(title="Loss", xlabel="step", ylabel="nats a token")
     loss.legend()
 
@@ -95,7 +97,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         share = counts / np.maximum(counts.mean(axis=1, keepdims=True), 1e-9)
         image = load.imshow(share, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r", interpolation="nearest")
         figure.colorbar(image, ax=load, label="load over the mean")
-        load.set(title=f"Expert load, step {train[-1]['step']}", xlabel="expert", ylabel="MoE layer", yticks=range(len(share)))
+        load.set(
+            title=f"Expert load, step {train[-1]['step']}",
+            xlabel="expert",
+            ylabel="MoE layer",
+            yticks=range(len(share)),
+        )
     figure.savefig(path, dpi=110)
 
 
