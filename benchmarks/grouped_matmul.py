@@ -90,7 +90,7 @@ def cpu_model() -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--ragged-dot-repeats", type=int, default=1, help="it is slow on CPU")
     parser.add_argument("--skip-ragged-dot", action="store_true")
     options = parser.parse_args()

@@ -105,7 +105,7 @@ class Heldout:
         pad = -len(rows["tokens"]) % size
         rows = {name: np.pad(a, ((0, pad), (0, 0))) for name, a in rows.items()}
         self.batches = [
-            _on_mesh({name: a[i : i + size] for name, a in rows.items()}, mesh, whole=True)
+            to_device({name: a[i : i + size] for name, a in rows.items()}, mesh, whole=True)
             for i in range(0, len(rows["tokens"]), size)
         ]
         self.nats = jax.jit(functools.partial(heldout_nats, config=config))
@@ -212,7 +212,7 @@ class _Run:
         rows = config.batch_size // config.accumulate // jax.process_count()
         arrays = {name: a.reshape(-1, rows, a.shape[-1]) for name, a in arrays.items()}
         more = config.accumulate - len(arrays["tokens"])
-        return _on_mesh({name: np.pad(a, ((0, more), (0, 0), (0, 0))) for name, a in arrays.items()}, self.mesh)
+        return to_device({name: np.pad(a, ((0, more), (0, 0), (0, 0))) for name, a in arrays.items()}, self.mesh)
 
     def _check(self, metrics: list[Metrics], step: int) -> None:
         """Stops a run whose numbers stay broken. Looks one step back, so that no step waits for the host."""
@@ -350,7 +350,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _on_mesh(arrays: dict[str, np.ndarray], mesh, whole: bool = False) -> Batch:
+def to_device(arrays: dict[str, np.ndarray], mesh, whole: bool = False) -> Batch:
     """A Batch laid out on the mesh, from this process's rows, or from the `whole` batch."""
     some = arrays["tokens"]
     names = (*(None,) * (some.ndim - 2), "batch", "seq")
