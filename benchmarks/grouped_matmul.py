@@ -1,6 +1,6 @@
 """Grouped matmul against lax.ragged_dot and a dense matmul of the same FLOPs, in one run; prints JSON.
 
-    python -m benchmarks.grouped_matmul > benchmarks/results/grouped_matmul.json
+    python -m benchmarks.grouped_matmul > benchmarks/results/grouped_matmul_cpu.json
 
 Every time is the least of several; the candidates of one case take turns, so that a busy machine slows them alike.
 """
@@ -10,6 +10,7 @@ import datetime
 import json
 import os
 import platform
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -121,7 +122,7 @@ def main():
                 "jax": jax.__version__,
                 "python": platform.python_version(),
                 "date": datetime.date.today().isoformat(),
-                "command": "python -m benchmarks.grouped_matmul",
+                "command": " ".join(["python -m benchmarks.grouped_matmul", *sys.argv[1:]]),
                 "cases": cases,
             },
             indent=1,

@@ -1,5 +1,6 @@
 """grouped_matmul: every implementation computes the definition, forward and backward, on every pattern of groups."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -60,7 +61,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 def group_sizes_with_room(draw):
     """E sizes with a sum of at most M: where E + 1 cuts fall in M rows."""
     cuts = sorted(draw(st.lists(st.integers(0, M), min_size=E + 1, max_size=E + 1)))
-    return [b - a for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [b - a for a, b in itertools.pairwise(cuts)]
 
 
 @pytest.mark.parametrize("implementation", ALL)
