@@ -68,3 +68,17 @@ class RouterBias:
 
     moe: jax.Array  # [L - first_k_dense_replace, E] float32
     mtp: jax.Array  # [num_nextn_predict_layers, E] float32
+
+
+@struct.dataclass
+class Metrics:
+    """What a step says of itself. Losses in nats a token."""
+
+    loss: jax.Array  # [] next-token cross-entropy
+    mtp_loss: jax.Array  # [depth]
+    balance_loss: jax.Array  # []
+    grad_norm: jax.Array  # [] before clipping
+    load: RouterBias  # [layers, E] tokens routed to each expert
+    max_vio: jax.Array  # [layers + depth] MaxVio of each MoE layer
+    skipped: jax.Array  # [] steps skipped so far
+    skipped_in_a_row: jax.Array  # []

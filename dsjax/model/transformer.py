@@ -56,7 +56,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Rope,
         segment_ids: Int[Array, "B T"],
-        bias: Float[Array, "E"],
+        bias: Float[Array, "E"] | None,
         balance: BalanceConfig,
         implementation: str,
     ) -> tuple[Float[Array, "B T D"], LatentCache | KVCache, Layer | None]:

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from dsjax import config as configuration
 from dsjax.config import Config, ConfigError
 from dsjax.data.pipeline import Corpus, TrainRows, batches, heldout_rows, load_corpus
-from dsjax.state import Batch, TrainState
+from dsjax.state import Batch, Metrics, TrainState
 from dsjax.train.checkpoint import Checkpoints, abstract_state
 from dsjax.train.metrics import Recorder
 from dsjax.train.schedule import Schedule
-from dsjax.train.step import Metrics, heldout_nats, jit_init_state, jit_train_step
+from dsjax.train.step import heldout_nats, jit_init_state, jit_train_step
 from sharding.mesh import MeshError, make_mesh
 from sharding.rules import spec
 

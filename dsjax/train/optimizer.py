@@ -16,7 +16,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-def decayed(model) -> dict:
+def decayed(model):
     """Which weights decay: all but the norms' scales."""
     return jax.tree_util.tree_map_with_path(lambda path, _: weight_name(path).split("/")[-1] != "scale", model)
 

@@ -5,30 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
+from flax import nnx
 
 from dsjax.config import Config
 from dsjax.model.balance import max_violation, update_bias
 from dsjax.model.transformer import DeepSeek, init_router_bias
 from dsjax.precision import cast_weights
-from dsjax.state import Batch, RouterBias, TrainState
+from dsjax.state import Batch, Metrics, RouterBias, TrainState
 from dsjax.train.loss import LossParts, count, cross_entropy, next_targets, total_loss
 from dsjax.train.optimizer import clip, make_optimizer
 from dsjax.train.schedule import Knobs
-
-
-@struct.dataclass
-class Metrics:
-    """What a step says of itself. Losses in nats a token."""
-
-    loss: jax.Array  # [] next-token cross-entropy
-    mtp_loss: jax.Array  # [depth]
-    balance_loss: jax.Array  # []
-    grad_norm: jax.Array  # [] before clipping
-    load: RouterBias  # [layers, E] tokens routed to each expert
-    max_vio: jax.Array  # [layers + depth] MaxVio of each MoE layer
-    skipped: jax.Array  # [] steps skipped so far
-    skipped_in_a_row: jax.Array  # []
 
 
 def init_state(config: Config) -> TrainState:
