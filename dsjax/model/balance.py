@@ -58,8 +58,8 @@ def update_bias(
 
 def max_violation(load: Float[Array, "L E"]) -> Float[Array, "L"]:
     """MaxVio of each layer: the highest load over the mean load, minus 1."""
-    mean = jnp.maximum(jnp.mean(load, axis=-1), 1e-9)
-    return (jnp.max(load, axis=-1) - mean) / mean
+    mean = jnp.mean(load, axis=-1)
+    return (jnp.max(load, axis=-1) - mean) / jnp.maximum(mean, 1e-9)
 
 
 def _selected(routing: Routing, valid) -> Float[Array, "B T E"]:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
@@ -24,7 +25,7 @@ class Router(nnx.Module):
         logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
         scores = jax.nn.sigmoid(logits) if self.cfg.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
         if indices is None:
-            indices = choose_experts(jax.lax.stop_gradient(scores), bias, self.cfg)
+            indices = checkpoint_name(choose_experts(jax.lax.stop_gradient(scores), bias, self.cfg), "routing")
         return Routing(indices, gate_weights(scores, indices, self.cfg), scores)
 
 

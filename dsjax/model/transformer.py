@@ -77,7 +77,6 @@ class Block(nnx.Module):
         if self.kind == "dense":
             return x + self.ffn(self.ffn_norm(x)), None
         y, routing = self.ffn(self.ffn_norm(x), bias, implementation)
-        routing = jax.tree.map(lambda a: checkpoint_name(a, "routing"), routing)
         if segment_ids is None:
             return x + y, None
         valid = segment_ids > 0

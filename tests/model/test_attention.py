@@ -1,0 +1,165 @@
+"""Attention in blocks against one plain softmax; MLA against the paper's equations; absorbed against expanded."""
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+
+from dsjax.model.attention import attend
+from dsjax.model.rope import inv_freq, rope_tables, softmax_scale
+from dsjax.state import KVCache, LatentCache
+from sharding.rules import spec
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+B, T = 2, 9
+YARN_AND_COMPRESSED = models.v3(rope_scaling=models.YARN)
+KINDS = {"compressed": models.v3(), "plain query": models.v2(rope_scaling=None), "yarn": YARN_AND_COMPRESSED}
+WITH_MHA = {**KINDS, "mha": models.moe()}
+
+
+def attention_of(cfg):
+    """The attention of the first layer."""
+    return jax.tree.map(lambda a: a[0], models.draw(cfg)[0].dense.attn)
+
+
+def hidden(cfg, b=B, t=T, seed=0):
+    return place(np.random.default_rng(seed).normal(size=(b, t, cfg.hidden_size)), "batch", "seq", None)
+
+
+def place(a, *names):
+    """On the mesh, as the model lays such an array out."""
+    return jax.device_put(np.asarray(a, np.int32 if np.asarray(a).dtype.kind == "i" else np.float32), spec(*names))
+
+
+def one_document(b=B, t=T):
+    return place(np.ones((b, t), np.int32), "batch", "seq")
+
+
+def lengths(*n):
+    return place(np.asarray(n, np.int32), "batch")
+
+
+def empty(cfg, size):
+    if cfg.attention == "mha":
+        room = np.zeros((B, size, cfg.num_attention_heads, cfg.v_head_dim))
+        return KVCache(*[place(room, "batch", None, "heads", None)] * 2)
+    return LatentCache(
+        *(place(np.zeros((B, size, w)), "batch", None, None) for w in (cfg.kv_lora_rank, cfg.qk_rope_head_dim))
+    )
+
+
+@jax.jit
+def expanded(attn, x, segment_ids):
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2], out_sharding=spec("batch", "seq"))
+    return attn(x, rope_tables(positions, attn.cfg), segment_ids)
+
+
+@jax.jit
+def absorbed(attn, x, cache, length):
+    positions = length[:, None] + jnp.arange(x.shape[1])
+    return attn.decode(x, rope_tables(positions, attn.cfg), cache, length)
+
+
+def softmax(x):
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def naive(q, k, v, segment_ids, scale):
+    """softmax(q k^T) v over the whole [T, T] matrix, in float64."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    scores = np.einsum("bthk,bshk->bhts", q, k) * scale
+    index = np.arange(q.shape[1])
+    seen = (index[:, None] >= index) & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    return np.einsum("bhts,bshv->bthv", softmax(np.where(seen[:, None], scores, -np.inf)), v)
+
+
+def test_several_blocks_of_queries_equal_one_softmax_forward_and_backward():
+    t = 300  # no whole number of blocks
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.normal(size=(1, t, 2, w)) for w in (8, 8, 6, 6))
+    q, g = (place(a, "batch", "seq", "heads", None) for a in (q, g))
+    k, v = (place(a, "batch", None, "heads", None) for a in (k, v))
+    segments = np.asarray([[1] * 140 + [2] * 100 + [0] * 60])
+    segment_ids = place(segments, "batch", "seq")
+    y, gradients = jax.jit(
+        jax.value_and_grad(lambda q, k, v: jnp.sum(g * attend(q, k, v, segment_ids, 0.3)), argnums=(0, 1, 2))
+    )(q, k, v)
+
+    def whole(q, k, v):
+        seen = np.tril(np.ones((t, t), bool)) & (segments[:, :, None] == segments[:, None, :])
+        scores = jnp.where(seen[:, None], jnp.einsum("bthk,bshk->bhts", q, k) * 0.3, -jnp.inf)
+        return jnp.sum(g * jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(scores, axis=-1), v))
+
+    expected = np.sum(np.asarray(g) * naive(q, k, v, segments, 0.3))
+    assert float(y) == pytest.approx(expected, rel=1e-5)
+    with jax.set_mesh(None):
+        plain = [jnp.asarray(np.asarray(a)) for a in (q, k, v)]
+        g = np.asarray(g)
+        wanted = jax.jit(jax.grad(whole, argnums=(0, 1, 2)))(*plain)
+    for got, wanted in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_mla_follows_the_papers_equations(name):
+    cfg = KINDS[name]
+    attn, x = attention_of(cfg), hidden(cfg)
+    w = {key: a.astype(np.float64) for key, a in models.named_leaves(attn).items()}
+    nope, c = cfg.qk_nope_head_dim, cfg.kv_lora_rank
+    frequencies = inv_freq(cfg.qk_rope_head_dim, cfg.rope_theta, cfg.rope_scaling)
+    turn = np.exp(1j * np.arange(T)[:, None] * frequencies)
+
+    def norm(a, scale):
+        return a / np.sqrt(np.mean(a**2, axis=-1, keepdims=True) + cfg.rms_norm_eps) * scale
+
+    def rope(a):  # [B, T, H, R]
+        z = (a[..., 0::2] + 1j * a[..., 1::2]) * turn[:, None]
+        return np.stack([z.real, z.imag], axis=-1).reshape(a.shape)
+
+    h = np.asarray(x, np.float64)
+    if cfg.q_lora_rank is None:
+        q = np.einsum("btd,dhk->bthk", h, w["query/wq"])
+    else:
+        q = np.einsum("btc,chk->bthk", norm(h @ w["query/wq_a"], w["query/q_norm/scale"]), w["query/wq_b"])
+    latent = h @ w["wkv_a"]
+    c_kv, k_rope = norm(latent[..., :c], w["kv_norm/scale"]), rope(latent[:, :, None, c:])
+    kv = np.einsum("btc,chk->bthk", c_kv, w["wkv_b"])
+    q = np.concatenate([q[..., :nope], rope(q[..., nope:])], axis=-1)
+    k = np.concatenate([kv[..., :nope], np.broadcast_to(k_rope, (*kv.shape[:3], cfg.qk_rope_head_dim))], axis=-1)
+    y = naive(q, k, kv[..., nope:], np.ones((B, T)), softmax_scale(cfg))
+    expected = np.einsum("bthv,hvd->btd", y, w["wo"])
+
+    got, cache = expanded(attn, x, one_document())
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_allclose(cache.c_kv, c_kv, atol=1e-5)
+    np.testing.assert_allclose(cache.k_rope, k_rope[:, :, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WITH_MHA)
+def test_absorbed_decode_equals_the_expanded_form(name):
+    cfg = WITH_MHA[name]
+    attn, x = attention_of(cfg), hidden(cfg)
+    whole, kept = expanded(attn, x, one_document())
+    cache, length = empty(cfg, T + 3), lengths(0, 0)
+    for t in range(T):
+        y, cache = absorbed(attn, x[:, t : t + 1], cache, length + t)
+        np.testing.assert_allclose(y[:, 0], whole[:, t], atol=1e-5)
+    for got, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_allclose(got[:, :T], wanted, atol=1e-5)
+
+
+def test_new_tokens_see_each_other_and_their_own_rows_past():
+    """Four tokens at once, after pasts of different length, equal those tokens one at a time."""
+    cfg = KINDS["yarn"]
+    attn, past, new = attention_of(cfg), hidden(cfg), hidden(cfg, t=4, seed=1)
+    length = lengths(T, 3)
+    _, kept = expanded(attn, past, one_document())
+    cache = jax.tree.map(lambda room, a: room.at[:, :T].set(a), empty(cfg, T + 4), kept)
+    together, _ = absorbed(attn, new, cache, length)
+    rows = np.array(past)
+    rows[1, 3:7] = new[1]
+    alone, _ = expanded(attn, place(rows, "batch", "seq", None), one_document())
+    np.testing.assert_allclose(together[1], alone[1, 3:7], atol=1e-5)
