@@ -28,6 +28,8 @@ from dsjax.config import (
     show,
     to_dict,
 )
+from dsjax.plan import count
+from dsjax.plan.count import human
 
 OPTION = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)  # "-- a comment" is a value, "--steps" is not
 
@@ -259,7 +261,6 @@ def presets(as_json: bool):
     `dsjax config PRESET` prints one whole; a new one is a file in configs/.
     """
     import configs
-    from dsjax.plan import count
 
     rows = [count.summary(configs.load(name)) for name in configs.PRESETS]
     if as_json:
@@ -361,15 +362,6 @@ def main():
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark
     cli.main(prog_name="dsjax")
-
-
-def human(number: int) -> str:
-    """A count with four digits and a suffix: 671.0B."""
-    for size, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= size:
-            short = number / size
-            return f"{short:.{1 if short >= 10 else 2}f}{suffix}"
-    return str(number)
 
 
 def _find_config(source: str) -> tuple[Config, Path | None]:

@@ -45,7 +45,7 @@ def calls(monkeypatch):
         calls.append((str(run_folder), prompt, options))
         yield from ["1 + ", "1 = ", "2"]
 
-    def train(config, run_folder, *, quiet, explicit):
+    def train(config, run_folder, *, quiet, explicit, sampler):
         calls.append((config, str(run_folder), quiet, explicit))
 
     def evaluate(run_folder, overrides, *, step):
@@ -57,7 +57,7 @@ def calls(monkeypatch):
 
     for package, name, functions in [
         (dsjax.train, "loop", {"train": train, "evaluate": evaluate}),
-        (dsjax.infer, "generate", {"stream": stream}),
+        (dsjax.infer, "generate", {"stream": stream, "continue_text": stream}),
     ]:
         module = types.ModuleType(f"{package.__name__}.{name}")
         vars(module).update(functions)

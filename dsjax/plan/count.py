@@ -135,3 +135,12 @@ def summary(config: Config) -> dict[str, Any]:
             "non_causal": train_flops(model, config.seq_len, causal=False),
         },
     }
+
+
+def human(number: int) -> str:
+    """A count with four digits and a suffix: 671.0B."""
+    for size, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            short = number / size
+            return f"{short:.{1 if short >= 10 else 2}f}{suffix}"
+    return str(number)

@@ -1,9 +1,10 @@
-"""Checkpoints: flat dictionaries of arrays under our own names, written by Orbax in the background, whole or not at all.
+"""Checkpoints: flat dictionaries of arrays under our own names, written by Orbax in the background, all or nothing.
 
-A checkpoint has two items: `model` (weights, their average, router bias), which inference reads alone, and `rest`
-(optimizer state and counters). The data position is the step.
+A checkpoint has three items: `model` (weights, their average, router bias), which inference reads alone, `rest`
+(optimizer state and counters), and `notes` (metrics since the last row of them). The data position is the step.
 """
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -25,64 +26,102 @@ class Checkpoints:
     """The checkpoints of a run folder. A context manager: leaving waits for what is being written."""
 
     def __init__(self, run_folder: Path, keep: int | None = None, read_only: bool = False):
-        self.folder = Path(run_folder).absolute() / "checkpoints"
+        self.folder = _folder(run_folder)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, read_only=read_only, cleanup_tmp_directories=not read_only
         )
-        if read_only and not self.folder.is_dir():
-            raise ConfigError(f"{run_folder}: expected checkpoints, and this run has none yet; train it first")
+        if read_only and not has_checkpoint(run_folder):
+            raise ConfigError(f"{run_folder}: no checkpoint here yet; `dsjax train {run_folder}` makes one")
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.manager.close()
+    def __exit__(self, kind, *_):
+        try:
+            self.manager.close()
+        except Exception as error:
+            if kind is None:  # else the first error is the one to tell
+                raise ConfigError(f"{self.folder}: not written ({_reason(error)})") from error
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Writes the state in the background; it may be donated at once. A step that is there already is kept."""
+    def save(self, step: int, state: TrainState, notes: dict[str, Any]) -> None:
+        """Writes the state and notes (plain values) in the background; the state may be donated at once.
+
+        A step that is there already is kept. Raises ConfigError if this or the last checkpoint cannot be written.
+        """
         if step in self.manager.all_steps():
             return
         model, rest = _split(state)
-        args = ocp.args.Composite(model=ocp.args.StandardSave(model), rest=ocp.args.StandardSave(rest))
-        self.manager.save(step, args=args)
+        args = ocp.args.Composite(
+            model=ocp.args.StandardSave(model), rest=ocp.args.StandardSave(rest), notes=ocp.args.JsonSave(notes)
+        )
+        with self._writing():
+            self.manager.save(step, args=args)
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
-        self.manager.wait_until_finished()
+        """Returns when everything is on disk. Raises ConfigError if it cannot be written."""
+        with self._writing():
+            self.manager.wait_until_finished()
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of a step, laid out as `like` (arrays or ShapeDtypeStructs with shardings)."""
-        model, rest = _split(like)
-        arrays = self._read(step, model=model, rest=rest)
-        return _fill(like, {**arrays["model"], **arrays["rest"]})
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """State, laid out as `like` (arrays or ShapeDtypeStructs with shardings), and notes of a step.
 
-    def restore_model(self, step: int | None, like: TrainState) -> TrainState:
-        """As restore, for the newest step by default and without optimizer state, whose leaves stay those of `like`.
-
-        Raises ConfigError if there is no such checkpoint.
+        Raises ConfigError if it cannot be read.
         """
-        steps = self.manager.all_steps()
+        model, rest = _split(like)
+        items = self._read(
+            step,
+            model=ocp.args.StandardRestore(model),
+            rest=ocp.args.StandardRestore(rest),
+            notes=ocp.args.JsonRestore(),
+        )
+        return _fill(like, {**items["model"], **items["rest"]}), items["notes"]
+
+    def find(self, step: int | None) -> int:
+        """This step, or the newest one for None. Raises ConfigError if there is no such checkpoint."""
+        steps = sorted(self.manager.all_steps())
         if not steps or (step is not None and step not in steps):
             wanted = "a checkpoint" if step is None else f"checkpoint {step}"
-            there = ", ".join(map(str, sorted(steps))) or "none"
-            raise ConfigError(f"{self.folder.parent}: expected {wanted}, there are: {there}")
-        model, _ = _split(like)
-        return _fill(like, self._read(max(steps) if step is None else step, model=model)["model"])
-
-    def _read(self, step: int, **items: dict[str, Any]) -> dict[str, dict[str, jax.Array]]:
-        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like) for name, like in items.items()})
-        try:
-            return self.manager.restore(step, args=args)
-        except Exception as error:
-            reason = str(error).split("\n")[0][:300]
             raise ConfigError(
-                f"{self.folder / str(step)}: this checkpoint cannot be read ({reason}); delete it to go on from an older one"
+                f"{self.folder.parent}: expected {wanted}, there are: {', '.join(map(str, steps)) or 'none'}"
+            )
+        return steps[-1] if step is None else step
+
+    def restore_model(self, step: int | None, like: TrainState) -> TrainState:
+        """As restore, for the newest step by default and without the optimizer's state, whose leaves stay `like`'s.
+
+        Raises ConfigError if there is no such checkpoint, or if it cannot be read.
+        """
+        model, _ = _split(like)
+        return _fill(like, self._read(self.find(step), model=ocp.args.StandardRestore(model))["model"])
+
+    def _read(self, step: int, **items) -> dict[str, Any]:
+        try:
+            return self.manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise ConfigError(
+                f"{self.folder / str(step)}: this checkpoint is damaged, or of another configuration "
+                f"({_reason(error)}); remove it to go on from an older one"
             ) from error
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except Exception as error:
+            raise ConfigError(
+                f"{self.folder}: a checkpoint could not be written ({_reason(error)}); the older ones are intact"
+            ) from error
+
+
+def has_checkpoint(run_folder: Path) -> bool:
+    """Whether the folder holds a complete checkpoint. Their folders are named by step; unfinished ones otherwise."""
+    folder = _folder(run_folder)
+    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
 def abstract_state(config: Config, mesh) -> TrainState:
@@ -99,6 +138,14 @@ def abstract_state(config: Config, mesh) -> TrainState:
 def names(tree) -> list[str]:
     """The name of every leaf, in order: "model/moe/attn/wo"."""
     return [weight_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _folder(run_folder: Path) -> Path:
+    return Path(run_folder).absolute() / "checkpoints"
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,50 +1,115 @@
 """What a run says of itself: metrics.jsonl, TensorBoard event files and loss.png, the same numbers in all three."""
 
 import json
+import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
+
+from dsjax.state import Metrics
+from dsjax.train.events import EventFile
+
+DRAW_EVERY_S = 60
+
+
+class Interval:
+    """The steps since the last row of metrics, in plain values.
+
+    A checkpoint keeps them as `notes`, so that a run resumed between two rows writes the row it would have written.
+    """
+
+    def __init__(self, notes: dict[str, Any] | None = None):
+        self.steps: list[dict[str, Any]] = notes["steps"] if notes else []
+        self.load: list[list[int]] = notes["load"] if notes else []  # [layers + depth, E] tokens of all steps
+
+    def add(self, metrics: Metrics) -> None:
+        """One more step, of host arrays."""
+        load = np.concatenate([metrics.load.moe, metrics.load.mtp]).astype(np.int64)
+        self.load = (load + np.reshape(self.load, load.shape) if self.steps else load).astype(int).tolist()
+        names = ("loss", "mtp_loss", "balance_loss", "grad_norm", "max_vio", "skipped", "skipped_in_a_row")
+        self.steps.append({name: np.asarray(getattr(metrics, name)).tolist() for name in names})
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        return {"steps": self.steps, "load": self.load}
+
+    def row(self) -> dict[str, Any]:
+        """Means over the steps that were not skipped, loads of all."""
+        taken = [step for step in self.steps if not step["skipped_in_a_row"]] or self.steps
+        names = ("loss", "mtp_loss", "balance_loss", "grad_norm", "max_vio")
+        means = {name: np.mean([step[name] for step in taken], axis=0).tolist() for name in names}
+        return {
+            **means,
+            "max_vio_mean": float(np.mean(means["max_vio"])) if means["max_vio"] else 0.0,
+            "load": self.load,
+            "skipped": self.steps[-1]["skipped"],
+        }
 
 
 class Recorder:
-    """Writes rows of metrics, {"kind": "train" | "eval" | "run", "step": ..., ...}.
+    """Writes rows of metrics, {"kind": "run" | "train" | "eval", "step": ..., ...}.
 
-    A run that resumes at a step loses the rows after it: they will be written again.
+    A run that resumes at a step loses the rows after it: they will be written again. TensorBoard's file is written
+    anew from the rows at every start. Without `write`, as on all processes but the first, rows are only held.
     """
 
-    def __init__(self, run_folder: Path, step: int):
-        self.folder = run_folder
-        self.path = run_folder / "metrics.jsonl"
-        self.rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        _replace(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self.file = self.path.open("a")
-        self.board = SummaryWriter(str(run_folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One row; numbers go to TensorBoard under kind/name."""
-        row = {"kind": kind, "step": step, **values}
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+    def __init__(self, run_folder: Path, step: int, write: bool = True):
+        self.folder, self.writes = run_folder, write
+        path = run_folder / "metrics.jsonl"
+        self.rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
+        self.drawn_at = -math.inf
+        if not write:
+            return
+        part = path.with_suffix(".part")
+        part.write_text("".join(map(_line, self.rows)))
+        os.replace(part, path)
+        self.file = path.open("a")
+        self.board = _new_event_file(run_folder / "tensorboard")
+        for row in self.rows:
+            self._to_board(row)
         self.board.flush()
 
-    def close(self) -> None:
-        self.file.close()
-        self.board.close()
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
+        """One row; its numbers go to TensorBoard as kind/name. NaN and infinities, which JSON lacks, become null."""
+        row = {"kind": kind, "step": step, "time": round(time.time(), 3), **_finite(values)}
+        self.rows.append(row)
+        if self.writes:
+            self.file.write(_line(row))
+            self.file.flush()
+            self._to_board(row)
+            self.board.flush()
+        return row
 
-    def draw(self) -> Path:
-        """loss.png of all rows so far."""
-        path = self.folder / "loss.png"
-        part = path.with_suffix(".part.png")
+    def last(self, kind: str) -> dict[str, Any] | None:
+        """The newest row of a kind."""
+        return next((row for row in reversed(self.rows) if row["kind"] == kind), None)
+
+    def draw(self, at_once: bool = False) -> None:
+        """loss.png of all rows so far; not more often than every DRAW_EVERY_S, unless at once."""
+        if not self.writes or (not at_once and time.monotonic() - self.drawn_at < DRAW_EVERY_S):
+            return
+        from dsjax.train.picture import draw  # here: matplotlib is slow to import
+
+        part = self.folder / "loss.part.png"
         draw(self.rows, part)
-        os.replace(part, path)
-        return path
+        os.replace(part, self.folder / "loss.png")
+        self.drawn_at = time.monotonic()
+
+    def close(self) -> None:
+        if self.writes:
+            self.file.close()
+            self.board.close()
+
+    def _to_board(self, row: dict[str, Any]) -> None:
+        numbers = {
+            f"{row['kind']}/{name}": value
+            for name, value in row.items()
+            if isinstance(value, int | float) and name not in ("step", "time")
+        }
+        self.board.add(row["step"], numbers, row["time"])
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -58,55 +123,24 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Four panels: loss, held-out bits per byte beside gzip and xz, MaxVio by layer, expert load."""
-    from matplotlib.figure import Figure
-
-    train = [row for row in rows if row["kind"] == "train"]
-    held = [row for row in rows if row["kind"] == "eval"]
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    (loss, bits), (violation, load) = figure.subplots(2, 2)
-
-    steps = [row["step"] for row in train]
-    loss.plot(steps, [row["loss"] for row in train], label="training", linewidth=1)
-    for k in range(len(train[0]["mtp_loss"]) if train else 0):
-        loss.plot(steps, [row["mtp_loss"][k] for row in train], label=f"MTP depth {k + 1}", linewidth=1, alpha=0.6)
-    loss.plot(
-        [row["step"] for row in held], [row["heldout_nats"] for row in held], "ko-", label="held-out", markersize=4
-    )
-    loss.set(title="Loss", xlabel="step", ylabel="nats a token")
-    loss.legend()
-
-    bits.plot([row["step"] for row in held], [row["heldout_bpb"] for row in held], "ko-", label="model", markersize=4)
-    for name, colour in (("gzip_bpb", "tab:orange"), ("xz_bpb", "tab:green")):
-        if held:
-            value = held[-1][name]
-            bits.axhline(value, color=colour, linestyle="--", label=f"{name.removesuffix('_bpb')} -9: {value:.3f}")
-    bits.set(title="Held-out text", xlabel="step", ylabel="bits a byte", ylim=(0, None))
-    bits.legend()
-
-    layers = np.array([row["max_vio"] for row in train]) if train else np.zeros((0, 0))
-    for layer in range(layers.shape[1] if train else 0):
-        violation.plot(steps, layers[:, layer], label=f"MoE layer {layer}", linewidth=1)
-    violation.set(title="MaxVio: highest expert load over the mean, minus 1", xlabel="step", ylim=(0, None))
-    if 0 < layers.shape[-1] <= 8:
-        violation.legend()
-
-    if train:
-        counts = np.array(train[-1]["load"], float)
-        share = counts / np.maximum(counts.mean(axis=1, keepdims=True), 1e-9)
-        image = load.imshow(share, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r", interpolation="nearest")
-        figure.colorbar(image, ax=load, label="load over the mean")
-        load.set(
-            title=f"Expert load, step {train[-1]['step']}",
-            xlabel="expert",
-            ylabel="MoE layer",
-            yticks=range(len(share)),
-        )
-    figure.savefig(path, dpi=110)
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _new_event_file(folder: Path) -> EventFile:
+    """An event file whose name sorts after those before it, which it replaces."""
+    folder.mkdir(exist_ok=True)
+    old = sorted(folder.glob("events.out.tfevents.*.dsjax"))
+    number = max([int(time.time()), *(int(path.name.split(".")[3]) + 1 for path in old)])
+    file = EventFile(folder / f"events.out.tfevents.{number}.dsjax")
+    for path in old:
+        path.unlink()
+    return file

@@ -1,0 +1,89 @@
+"""The run folder: one process at a time, and one run from its first step to its last."""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dsjax import config as configuration
+from dsjax.config import Config, ConfigError, show
+from dsjax.train.checkpoint import has_checkpoint
+
+# What a run may be resumed with another value of. The rest decides which text a step sees, or the shape of the state.
+_RESUMABLE = (
+    "steps",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "max_skipped_steps",
+    "balance.",
+    "mtp.",
+    "optimizer.",
+    "mesh.",
+    "compute.",
+)
+_FIXED = ("optimizer.ema_decay",)
+
+
+@contextlib.contextmanager
+def owned(run_folder: Path):
+    """Makes the run folder, and keeps other processes from training there."""
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with (run_folder / "lock").open("w") as lock:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"{run_folder}: another process is training here; choose another --run") from None
+            except OSError:  # a file system without locks
+                pass
+            for leftover in run_folder.glob(".config.json.*"):  # of a process killed while it wrote
+                leftover.unlink(missing_ok=True)
+        yield
+
+
+def adopt(config: Config, run_folder: Path, explicit: dict[str, Any], say: Callable[[str], None]) -> Config:
+    """The configuration to run with, kept in the folder: that of the run it holds, with the explicit changes.
+
+    A folder without a checkpoint holds no run yet: it takes `config` whole. Raises ConfigError for the folder of
+    another preset, and for a change that would make it another run.
+    """
+    path = run_folder / "config.json"
+    saved = configuration.load(path) if path.exists() else config
+    if not has_checkpoint(run_folder):
+        if (saved.data, saved.model.vocab_size) != (config.data, config.model.vocab_size):
+            _forget_tokenizer(run_folder)
+    else:
+        if saved.name != config.name:
+            raise ConfigError(
+                f"{run_folder}: holds a run of preset {saved.name}, not {config.name}; choose another --run"
+            )
+        config = configuration.override(saved, explicit)
+        for name, (old, new) in differences(saved, config).items():
+            if name.startswith(_FIXED) or not name.startswith(_RESUMABLE):
+                raise ConfigError(
+                    f"{name}={show(new)}: the run in {run_folder} has {show(old)} and cannot change it; choose another "
+                    "--run"
+                )
+            say(f"changed: {name} from {show(old)} to {show(new)}")
+    if jax.process_index() == 0:
+        configuration.save(config, path)
+    return config
+
+
+def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old, new) of every field that differs."""
+    old, new = ({name: value for name, value, _ in configuration.field_rows(c)} for c in (before, after))
+    return {name: (old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)}
+
+
+def _forget_tokenizer(run_folder: Path) -> None:
+    """Removes the tokenizer and tokens of a run that ended before its first checkpoint: nothing needs them."""
+    if (run_folder / "data" / "tokenizer.from.json").exists():
+        (run_folder / "tokenizer.json").unlink(missing_ok=True)
+        shutil.rmtree(run_folder / "data", ignore_errors=True)

@@ -1,0 +1,161 @@
+"""loss.png: loss, held-out bits a byte beside gzip and xz, MaxVio, and the load of every expert."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, GREY, BLUE, ORANGE, GREEN = "#1a1a1a", "#8c8c8c", "#2f6fde", "#e07b29", "#2a9d6f"
+STYLE = {
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "font.size": 10,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Four panels of the rows of a metrics.jsonl, as PNG."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13, 8.5), layout="constrained")
+        (loss, bits), (violation, load) = figure.subplots(2, 2)
+        run = next((row for row in rows if row["kind"] == "run"), {})
+        train = [row for row in rows if row["kind"] == "train"]
+        held = [row for row in rows if row["kind"] == "eval"]
+        figure.suptitle(run.get("title", ""), x=0.01, ha="left", color=GREY, fontsize=10)
+        _loss(loss, train, held)
+        _bits(bits, held)
+        _violation(violation, train, run)
+        _load(figure, load, train, run)
+        figure.savefig(path, dpi=110)
+
+
+def _loss(panel, train, held) -> None:
+    panel.set(title="Loss", xlabel="step", ylabel="nats a token")
+    if not train and not held:
+        return _nothing(panel, "no steps yet")
+    steps = [row["step"] for row in train]
+    depth = len(train[0]["mtp_loss"]) if train else 0
+    for k in range(depth):
+        values = _numbers([row["mtp_loss"][k] for row in train])
+        panel.plot(steps, values, _mark(steps), color=ORANGE, alpha=0.8 / (k + 1), lw=1.2, label=f"MTP depth {k + 1}")
+    panel.plot(steps, _numbers([row["loss"] for row in train]), _mark(steps), color=BLUE, lw=1.4, label="training")
+    _heldout_line(panel, held, "heldout_nats", "ema_heldout_nats")
+    panel.legend()
+    _from_zero(panel, [row["step"] for row in [*train, *held]])
+
+
+def _bits(panel, held) -> None:
+    panel.set(title="Held-out text", xlabel="step", ylabel="bits a byte")
+    if not held:
+        return _nothing(panel, "no evaluation yet")
+    _heldout_line(panel, held, "heldout_bpb", "ema_heldout_bpb")
+    for name, colour, below in (("gzip_bpb", ORANGE, False), ("xz_bpb", GREEN, True)):
+        value = held[-1][name]
+        panel.axhline(value, color=colour, ls="--", lw=1.2)
+        panel.annotate(
+            f"{name.removesuffix('_bpb')} -9: {value:.3f}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, -3 if below else 3),
+            textcoords="offset points",
+            ha="right",
+            va="top" if below else "bottom",
+            color=colour,
+        )
+    last = held[-1]
+    if last["heldout_bpb"] is not None:
+        panel.annotate(
+            f"{last['heldout_bpb']:.3f}",
+            (last["step"], last["heldout_bpb"]),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            color=INK,
+        )
+    highest = np.nanmax(_numbers([*(row["heldout_bpb"] for row in held), last["gzip_bpb"], last["xz_bpb"]]))
+    panel.set_ylim(0, 1.15 * highest)
+    panel.legend(loc="lower left")
+    _from_zero(panel, [row["step"] for row in held])
+
+
+def _violation(panel, train, run) -> None:
+    panel.set(title="MaxVio: busiest expert over the mean, minus 1", xlabel="step")
+    values = np.array([_numbers(row["max_vio"]) for row in train])
+    if not values.size:
+        return _nothing(panel, "no expert layers" if train else "no steps yet")
+    steps, n = [row["step"] for row in train], values.shape[1]
+    names, colours = _layers(run, n), matplotlib.colormaps["viridis"](np.linspace(0, 0.9, n))
+    if n <= 8:
+        for k in range(n):
+            panel.plot(steps, values[:, k], _mark(steps), color=colours[k], lw=1.2, label=names[k])
+    else:
+        low, high = values.min(axis=1), values.max(axis=1)
+        panel.fill_between(steps, low, high, color=BLUE, alpha=0.25, lw=1, label=f"all {n} layers, lowest to highest")
+        panel.plot(steps, values.mean(axis=1), _mark(steps), color=BLUE, lw=1.6, label="mean of the layers")
+    panel.legend(ncols=1 + n // 5 if n <= 8 else 1)
+    highest = np.nanmax(values, initial=0)
+    panel.set_ylim(0, 1.15 * highest if highest > 0 else 1)
+    _from_zero(panel, steps)
+
+
+def _load(figure, panel, train, run) -> None:
+    panel.set(title="Expert load", xlabel="expert")
+    panel.grid(False)
+    counts = np.array(train[-1]["load"], float) if train else np.zeros(0)
+    if not counts.size:
+        return _nothing(panel, "no expert layers" if train else "no steps yet")
+    share = counts / np.maximum(counts.mean(axis=1, keepdims=True), 1e-9)
+    image = panel.imshow(share, aspect="auto", vmin=0, vmax=2, cmap="RdBu_r", interpolation="nearest")
+    figure.colorbar(image, ax=panel, label="load over the mean", extend="max")
+    names = _layers(run, len(share))
+    every = -(-len(names) // 16)
+    panel.set_yticks(range(0, len(names), every), names[::every])
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_title(f"Expert load over the mean, to step {train[-1]['step']}")
+
+
+def _heldout_line(panel, held, name: str, averaged: str) -> None:
+    if not held:
+        return
+    steps = [row["step"] for row in held]
+    if averaged in held[-1]:
+        values = _numbers([row.get(averaged) for row in held])
+        panel.plot(steps, values, "s:", color=GREY, ms=4, lw=1.2, label="held out, averaged weights")
+    panel.plot(steps, _numbers([row[name] for row in held]), "o-", color=INK, ms=5, lw=1.4, label="held out")
+
+
+def _layers(run: dict[str, Any], n: int) -> list[str]:
+    names = run.get("layers", [])
+    return names if len(names) == n else [f"expert layer {k}" for k in range(n)]
+
+
+def _numbers(values: list) -> np.ndarray:
+    """Values with NaN, which a plot leaves out, for null."""
+    return np.array([np.nan if v is None else v for v in values], float)
+
+
+def _mark(steps: list[int]) -> str:
+    return "-" if len(steps) > 1 else "o"
+
+
+def _from_zero(panel, steps: list[int]) -> None:
+    panel.set_xlim(0, 1.04 * max(steps))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _nothing(panel, why: str) -> None:
+    panel.text(0.5, 0.5, why, transform=panel.transAxes, ha="center", va="center", color=GREY)
+    panel.set(xticks=[], yticks=[])
