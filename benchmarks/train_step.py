@@ -17,14 +17,16 @@ def tokens(batch: int, seq: int) -> np.ndarray:
 
 
 def measure(step, steps: int, n_tokens: int) -> dict:
-    times = []
+    times, cpu = [], []
     for i in range(steps + 1):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         loss = step()
         times.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - cpu_start)
     return {
         "tokens_per_s": n_tokens / min(times[1:]),
         "step_s": times[1:],
+        "step_cpu_s": cpu[1:],
         "first_step_s": times[0],
         "loss": loss,
         "peak_memory_gib": common.peak_memory_gib(),

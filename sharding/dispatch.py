@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 
@@ -24,7 +25,9 @@ def dispatch(
     x: Float[Array, "N D"], indices: Int[Array, "N K"], weights: Float[Array, "N K"], n_local_experts: int
 ) -> tuple[Float[Array, "M D"], Float[Array, "M"], Plan]:
     """Rows sorted by local expert, each row's weight, and the plan to bring results back (M = tokens of group * K)."""
-    x, indices, weights = (lax.all_gather(a, "expert", tiled=True) for a in (x, indices, weights))
+    if lax.axis_size("expert") > 1:
+        gathered = (lax.all_gather(a, "expert", tiled=True) for a in (x, indices, weights))
+        x, indices, weights = (checkpoint_name(a, "dispatched") for a in gathered)  # not to be sent again
     local = indices.reshape(-1) - lax.axis_index("expert") * n_local_experts
     local = jnp.where((local >= 0) & (local < n_local_experts), local, n_local_experts)
     order = jnp.argsort(local, stable=True).astype(jnp.int32)

@@ -1,9 +1,10 @@
-"""softmax(q k^T) v under a causal and document mask, in blocks of queries."""
+"""softmax(q k^T) v under a causal and document mask, in blocks of queries, with a gradient of its own."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sharding.rules import constrain, spec
@@ -20,36 +21,63 @@ def attend(
 ) -> Float[Array, "B T H V"]:
     """Attention of every token to those before it in its own segment; softmax in float32.
 
-    Queries may be sharded over `context`; keys and values are whole along the sequence. Scores are recomputed in the
-    backward pass, so that no [T, T] array outlives its block.
+    Queries may be sharded over `context`; keys and values are whole along the sequence. The backward pass computes the
+    scores again, so that no [T, T] array outlives its block.
     """
     heads, whole = spec("batch", "seq", "heads", None), spec("batch", None, "heads", None)
     seq, row = spec("batch", "seq"), spec("batch", None)
     index = constrain(jnp.arange(q.shape[1]), "seq")
 
     def local(q, k, v, index, q_segments, k_segments):
-        t, s = q.shape[1], k.shape[1]
-        block = max(_MIN_BLOCK, -(-t // _MAX_BLOCKS))
-        out = []
-        for start in range(0, t, block):
-            rows = slice(start, min(start + block, t))
-            seen = slice(0, rows.stop if t == s else s)  # the causal half, where the sequence is not sharded
-            out.append(
-                _attend_block(
-                    q[:, rows], k[:, seen], v[:, seen], index[rows], q_segments[:, rows], k_segments[:, seen], scale
-                )
-            )
-        return jnp.concatenate(out, axis=1)
+        q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # [B, H, T, .]: one copy here, none in the blocks
+        return _attend(q, k, v, (index, q_segments, k_segments), scale).swapaxes(1, 2)
 
     return jax.shard_map(
         local, in_specs=(heads, whole, whole, spec("seq"), seq, row), out_specs=heads, check_vma=False
     )(q, k, v, index, constrain(segment_ids, "batch", "seq"), constrain(segment_ids, "batch", None))
 
 
-@functools.partial(jax.checkpoint, static_argnums=6)
-def _attend_block(q, k, v, index, q_segments, k_segments, scale):
-    scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) * scale
-    causal = index[:, None] >= jnp.arange(k.shape[1])
-    same = q_segments[:, :, None] == k_segments[:, None, :]
-    p = jax.nn.softmax(jnp.where((causal & same)[:, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bhts,bshv->bthv", p.astype(v.dtype), v)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, places, scale):
+    return _attend_forward(q, k, v, places, scale)[0]
+
+
+def _attend_forward(q, k, v, places, scale):
+    out = []
+    for rows, seen in _blocks(q.shape[2], k.shape[2]):
+        p = _probabilities(q[:, :, rows], k[:, :, seen], places, rows, seen, scale)
+        out.append(jnp.einsum("bhts,bhsv->bhtv", p.astype(v.dtype), v[:, :, seen]))
+    return jnp.concatenate(out, axis=2), (q, k, v, places)
+
+
+def _attend_backward(scale, residuals, dy):
+    q, k, v, places = residuals
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for rows, seen in _blocks(q.shape[2], k.shape[2]):
+        q_block, dy_block = q[:, :, rows], dy[:, :, rows]
+        p = _probabilities(q_block, k[:, :, seen], places, rows, seen, scale)
+        dp = jnp.einsum("bhtv,bhsv->bhts", dy_block, v[:, :, seen], preferred_element_type=jnp.float32)
+        ds = (p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True)) * scale).astype(q.dtype)
+        dq.append(jnp.einsum("bhts,bhsk->bhtk", ds, k[:, :, seen]))
+        dk = dk.at[:, :, seen].add(jnp.einsum("bhts,bhtk->bhsk", ds, q_block))
+        dv = dv.at[:, :, seen].add(jnp.einsum("bhts,bhtv->bhsv", p.astype(q.dtype), dy_block))
+    return jnp.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _blocks(t: int, s: int):
+    """Slices of queries, and of the keys that they may see: the causal half, where the sequence is not sharded."""
+    size = max(_MIN_BLOCK, -(-t // _MAX_BLOCKS))
+    for start in range(0, t, size):
+        rows = slice(start, min(start + size, t))
+        yield rows, slice(0, rows.stop if t == s else s)
+
+
+def _probabilities(q, k, places, rows: slice, seen: slice, scale: float):
+    index, q_segments, k_segments = places
+    scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    causal = index[rows, None] >= lax.iota(jnp.int32, seen.stop)
+    same = q_segments[:, rows, None] == k_segments[:, None, seen]
+    return jax.nn.softmax(jnp.where((causal & same)[:, None], scores, -jnp.inf), axis=-1)

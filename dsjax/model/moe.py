@@ -59,7 +59,6 @@ def _experts_of_device(
     k = indices.shape[-1]
     flat = (x.reshape(b * t, d), indices.reshape(b * t, k), weights.reshape(b * t, k))
     rows, row_weights, plan = dispatch(*flat, n_local_experts=w_gate.shape[0])
-    rows = checkpoint_name(rows, "dispatched")
     matmul = functools.partial(grouped_matmul, group_sizes=plan.group_sizes, implementation=implementation)
     gate = checkpoint_name(matmul(rows, w_gate), "mlp_gate")
     up = checkpoint_name(matmul(rows, w_up), "mlp_up")
