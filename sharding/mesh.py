@@ -24,11 +24,15 @@ def make_mesh(devices: list | None = None, **sizes: int) -> Mesh:
 
 def abstract_mesh(**sizes: int) -> AbstractMesh:
     """The same axes with no device: for checking the types of a pod's program on a laptop."""
-    return AbstractMesh(tuple(sizes.get(axis, 1) for axis in AXES), AXES, (AxisType.Explicit,) * len(AXES))
+    filled = fill_sizes(math.prod(sizes.values()), **sizes)
+    return AbstractMesh(filled, AXES, (AxisType.Explicit,) * len(AXES))
 
 
 def fill_sizes(n_devices: int, **sizes: int) -> tuple[int, ...]:
     """Sizes in the order of AXES with -1 replaced. Raises MeshError."""
+    for name in sizes:
+        if name not in AXES:
+            raise MeshError(f"mesh.{name}={sizes[name]}: no such axis; choose from {', '.join(AXES)}")
     known = math.prod(size for size in sizes.values() if size != -1)
     product = " * ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "1"
     if -1 in sizes.values():

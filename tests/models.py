@@ -8,7 +8,9 @@ from flax import nnx
 from dsjax.config import BalanceConfig, ComputeConfig, Config, ModelConfig, OptimizerConfig, RopeScaling, replace
 from dsjax.model.transformer import DeepSeek, init_router_bias
 from dsjax.precision import weight_name
-from dsjax.state import Batch, RouterBias
+from dsjax.state import Batch, RouterBias, TrainState
+from dsjax.train.optimizer import make_optimizer
+from dsjax.train.step import init_state
 from sharding.rules import spec
 
 VOCAB = 48
@@ -130,3 +132,13 @@ def micro_batches(batch: Batch, n: int) -> Batch:
 
 def knobs(**changes) -> dict[str, jax.Array]:
     return {name: jnp.asarray(value) for name, value in (KNOBS | changes).items()}
+
+
+def state(config: Config, seed: int = 0) -> TrainState:
+    """The state before the first step, with drawn weights. Under a mesh."""
+    model, bias = draw(config.model, seed)
+    zero = np.zeros((), np.int32)
+    ema = None if config.optimizer.ema_decay is None else model
+    state = TrainState(zero, model, make_optimizer(config.optimizer).init(model), bias, ema, zero, zero)
+    abstract = jax.eval_shape(lambda: init_state(config))
+    return jax.tree.map(lambda a, like: jax.device_put(a, getattr(like.sharding, "spec", spec())), state, abstract)

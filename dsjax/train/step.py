@@ -41,7 +41,7 @@ def train_step(
     A loss or gradient with NaN or Inf leaves everything as it was but the counts of skipped steps.
     """
     grads, parts = _gradients(state, batch, knobs, config)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = (
         jnp.isfinite(norm)
         & jnp.isfinite(parts.loss)
