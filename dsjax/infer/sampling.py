@@ -21,7 +21,8 @@ def sample(
         p = jax.nn.softmax(warm, axis=-1)
         ordered = jnp.sort(p, axis=-1, descending=True)
         before = jnp.cumsum(ordered, axis=-1) - ordered
-        floor = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        kept = jnp.where((before < top_p) | (before == 0), ordered, jnp.inf)
+        floor = jnp.min(kept, axis=-1, keepdims=True)
         return jax.random.categorical(key, jnp.where(p >= floor, warm, -jnp.inf), axis=-1).astype(jnp.int32)
 
     return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits, axis=-1).astype(jnp.int32))
