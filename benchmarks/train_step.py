@@ -36,7 +36,7 @@ def measure(step, steps: int, n_tokens: int) -> dict:
 def dsjax(batch: int, seq: int, steps: int) -> dict:
     import jax
 
-    from dsjax.config import Config, DataConfig, ModelConfig, OptimizerConfig
+    from dsjax.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimizerConfig
     from dsjax.train.loop import device_mesh, to_device
     from dsjax.train.schedule import Knobs
     from dsjax.train.step import jit_init_state, jit_train_step
@@ -47,6 +47,7 @@ def dsjax(batch: int, seq: int, steps: int) -> dict:
         model=ModelConfig(**common.SHAPE),
         optimizer=OptimizerConfig(peak_lr=1e-4, schedule="constant", warmup_steps=0),
         data=DataConfig(document_mask=False),
+        compute=ComputeConfig(remat="deepseek"),
     )
     mesh = device_mesh(config)
     rows = tokens(batch, seq).astype(np.int32)

@@ -42,7 +42,7 @@ class KVCache:
 
 @struct.dataclass
 class Cache:
-    """Past tokens of all layers; leaves of `dense` and `moe` start with the number of such layers."""
+    """Past tokens of all layers: leaves of `dense` and `moe` start with the number of such layers, or are lists."""
 
     dense: LatentCache | KVCache
     moe: LatentCache | KVCache

@@ -17,7 +17,7 @@ from dsjax import config as configuration
 from dsjax.config import ComputeConfig, Config, ConfigError
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.sampling import sample
-from dsjax.model.transformer import DeepSeek
+from dsjax.model.transformer import DeepSeek, unstack
 from dsjax.precision import cast_weights
 from dsjax.state import Batch, Cache, RouterBias
 from dsjax.train.checkpoint import Checkpoints, abstract_state
@@ -38,12 +38,17 @@ def generate_tokens(
     seed: int = 0,
     eos_id: int = -1,
     compute: ComputeConfig = ComputeConfig(),
+    one_by_one: bool | None = None,
 ) -> Iterator[np.ndarray]:
     """Continuations of token prompts, as arrays [B, n <= CHUNK] that follow each other; after eos_id come eos_ids.
+
+    one_by_one: whether each layer is its own array (by default on CPU, where a scan over stacked layers copies all their
+    weights for each token) or one compiled layer serves all.
 
     Stops when every row has ended or has max_tokens. Call it under `jax.set_mesh`. Raises ConfigError if a prompt is
     empty or too long for the model.
     """
+    one_by_one = jax.default_backend() == "cpu" if one_by_one is None else one_by_one
     longest, limit = max(map(len, prompts)), model.cfg.max_position_embeddings
     if min(map(len, prompts)) == 0:
         raise ConfigError("prompt: expected at least one token")
@@ -66,15 +71,11 @@ def generate_tokens(
     token, cache = _first(model, batch, router_bias, jax.random.fold_in(key, 0), *settings, cache_size, compute)
     ended = token == eos_id
     yield np.asarray(token)[:, None]
+    layers, cache = _unstack(model, cache) if one_by_one else (None, cache)
     done = 1
     while done < max_tokens and not np.all(ended):
         token, cache, ended, chunk, n = _next(
-            model,
-            token,
-            cache,
-            ended,
-            router_bias,
-            key,
+            model, token, cache, ended, layers, router_bias, key,
             *settings,
             jnp.int32(done),
             jnp.int32(max_tokens),
@@ -96,8 +97,11 @@ def _first(model, batch, router_bias, key, temperature, top_p, cache_size, compu
     return sample(logits, key, temperature, top_p), cache
 
 
-@functools.partial(jax.jit, static_argnums=(10, 11), donate_argnums=2)
-def _next(model, token, cache, ended, router_bias, key, temperature, top_p, done, max_tokens, eos_id, compute):
+_unstack = jax.jit(unstack)
+
+
+@functools.partial(jax.jit, static_argnums=(11, 12), donate_argnums=2)
+def _next(model, token, cache, ended, layers, router_bias, key, temperature, top_p, done, max_tokens, eos_id, compute):
     """Up to CHUNK more tokens of every row: (last token, cache, ended rows, tokens [B, CHUNK], how many)."""
 
     def more(carry):
@@ -106,7 +110,7 @@ def _next(model, token, cache, ended, router_bias, key, temperature, top_p, done
 
     def step(carry):
         i, token, cache, ended, chunk = carry
-        logits, cache = model.decode(token[:, None], cache, router_bias, compute)
+        logits, cache = model.decode(token[:, None], cache, router_bias, compute, layers)
         # The key depends on the token's place alone: the same seed, whatever the chunk.
         token = sample(logits[:, 0], jax.random.fold_in(key, done + i), temperature, top_p)
         token = jnp.where(ended, eos_id, token)

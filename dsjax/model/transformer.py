@@ -31,6 +31,13 @@ class Outputs(NamedTuple):
     balance: dict[str, jax.Array]
 
 
+class Layers(NamedTuple):
+    """The blocks one by one, not stacked: decoding on a CPU reads these in place, where a scan would copy each."""
+
+    dense: list
+    moe: list
+
+
 class Layer(NamedTuple):
     """What an MoE layer says of its routing."""
 
@@ -170,8 +177,12 @@ class DeepSeek(nnx.Module):
         cache: Cache,
         router_bias: RouterBias,
         compute: ComputeConfig = ComputeConfig(),
+        layers: Layers | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Logits of new tokens given the cache, and the longer cache. Absorbed form."""
+        """Logits of new tokens given the cache, and the longer cache. Absorbed form.
+
+        With `layers` (of `unstack`) those blocks are run one after the other, on an unstacked cache.
+        """
         positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
         rope = rope_tables(positions, self.cfg)
 
@@ -179,9 +190,9 @@ class DeepSeek(nnx.Module):
             return layer.decode(x, rope, past, cache.length, bias, compute.grouped_matmul)
 
         x = self._embed(tokens, compute)
-        x, dense = _scan(lambda x, xs: block(x, *xs, None), x, (self.dense, cache.dense), compute.scan_layers)
-        layers = (self.moe, cache.moe, router_bias.moe)
-        x, moe = _scan(lambda x, xs: block(x, *xs), x, layers, compute.scan_layers)
+        dense, moe = layers or (self.dense, self.moe)
+        x, dense = _scan(lambda x, xs: block(x, *xs, None), x, (dense, cache.dense), compute.scan_layers)
+        x, moe = _scan(lambda x, xs: block(x, *xs), x, (moe, cache.moe, router_bias.moe), compute.scan_layers)
         return self.logits(self.norm(x)), Cache(dense, moe, cache.length + tokens.shape[1])
 
     def _embed(self, tokens, compute: ComputeConfig):
@@ -207,7 +218,13 @@ def remat(block, policy: str):
 
 
 def _scan(step, x, layers, scan_layers: bool):
-    """jax.lax.scan, or the same unrolled."""
+    """jax.lax.scan, or the same unrolled; over lists of layers, one after the other, to lists."""
+    if isinstance(layers, tuple) and isinstance(layers[0], list):
+        said = []
+        for layer in zip(*layers):
+            x, s = step(x, layer)
+            said.append(s)
+        return x, said
     if scan_layers:
         return jax.lax.scan(step, x, layers)
     n = jax.tree.leaves(layers)[0].shape[0]
@@ -220,6 +237,15 @@ def _scan(step, x, layers, scan_layers: bool):
 
 def _layer(layers, i: int):
     return jax.tree.map(lambda a: a[i], layers)
+
+
+def unstack(model: DeepSeek, cache: Cache) -> tuple[Layers, Cache]:
+    """The blocks and their caches one by one."""
+
+    def split(tree) -> list:
+        return [_layer(tree, i) for i in range(jax.tree.leaves(tree)[0].shape[0])]
+
+    return Layers(split(model.dense), split(model.moe)), Cache(split(cache.dense), split(cache.moe), cache.length)
 
 
 def _stack_leaves(trees: list):
