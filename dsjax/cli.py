@@ -154,7 +154,7 @@ class Dsjax(click.Group):
         except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
             code = _fail(f"{error.filename}: {error.strerror}")
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
                 raise
             code = _fail(f"{error.filename or 'disk'}: {error.strerror}")
         sys.exit(code if isinstance(code, int) else 0)
@@ -361,6 +361,7 @@ def main():
     """The entry point `dsjax`."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without Unicode shows a question mark
+    sys.unraisablehook = _tell_unraisable
     cli.main(prog_name="dsjax")
 
 
@@ -434,6 +435,12 @@ def _as_typed(value: Any) -> str:
         value = float(f"{value:.6g}")
         return f"{value:g}" if value < 1e-3 or value >= 1e6 else str(value)
     return show(value)
+
+
+def _tell_unraisable(unraisable) -> None:
+    """What happened where nothing can be raised; not the echo of a read or write of a checkpoint that has failed."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _see_help(error: click.ClickException) -> str:

@@ -21,6 +21,7 @@ from dsjax.model.transformer import DeepSeek, unstack
 from dsjax.precision import cast_weights
 from dsjax.state import Batch, Cache, RouterBias
 from dsjax.train.checkpoint import Checkpoints, abstract_state
+from dsjax.train.folder import run_tokenizer
 from sharding.mesh import make_mesh
 from sharding.rules import spec
 
@@ -75,7 +76,13 @@ def generate_tokens(
     done = 1
     while done < max_tokens and not np.all(ended):
         token, cache, ended, chunk, n = _next(
-            model, token, cache, ended, layers, router_bias, key,
+            model,
+            token,
+            cache,
+            ended,
+            layers,
+            router_bias,
+            key,
             *settings,
             jnp.int32(done),
             jnp.int32(max_tokens),
@@ -126,10 +133,11 @@ class LoadedRun:
     """A run folder ready to write text: configuration, tokenizer, weights on one device."""
 
     def __init__(self, run_folder: Path, step: int | None = None):
-        self.config: Config = configuration.load(Path(run_folder) / "config.json")
-        self.tokenizer = Tokenizer.load(Path(run_folder))
+        run_folder = Path(run_folder)
+        self.config: Config = configuration.load(run_folder / "config.json")
         self.mesh = make_mesh(jax.local_devices()[:1])
         with Checkpoints(run_folder, read_only=True) as checkpoints:
+            self.tokenizer = run_tokenizer(run_folder)
             state = checkpoints.restore_model(step, abstract_state(self.config, self.mesh))
         self.model, self.router_bias = state.model, state.router_bias
 

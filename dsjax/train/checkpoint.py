@@ -19,7 +19,9 @@ from dsjax.state import TrainState
 from dsjax.train.step import init_state
 
 _MODEL = ("model", "ema", "router_bias")
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every step it takes
+for name in ("absl", "asyncio"):  # Orbax tells of every step it takes; what fails, it raises as well
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+_DISK = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
 
 
 class Checkpoints:
@@ -28,7 +30,11 @@ class Checkpoints:
     def __init__(self, run_folder: Path, keep: int | None = None, read_only: bool = False):
         self.folder = _folder(run_folder)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, read_only=read_only, cleanup_tmp_directories=not read_only
+            max_to_keep=keep,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            # In the background a folder that cannot be made is an error only after minutes of waiting for it.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         if read_only and not has_checkpoint(run_folder):
             raise ConfigError(f"{run_folder}: no checkpoint here yet; `dsjax train {run_folder}` makes one")
@@ -99,7 +105,7 @@ class Checkpoints:
         model, _ = _split(like)
         return _fill(like, self._read(self.find(step), model=ocp.args.StandardRestore(model))["model"])
 
-    def _read(self, step: int, **items) -> dict[str, Any]:
+    def _read(self, step: int, **items) -> Any:
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
@@ -145,7 +151,8 @@ def _folder(run_folder: Path) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:300]
+    text = str(error).strip() or type(error).__name__
+    return next((reason for reason in _DISK if reason in text), text.split("\n")[0][:300])
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

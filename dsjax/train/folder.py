@@ -11,6 +11,7 @@ import jax
 
 from dsjax import config as configuration
 from dsjax.config import Config, ConfigError, show
+from dsjax.data.tokenizer import Tokenizer
 from dsjax.train.checkpoint import has_checkpoint
 
 # What a run may be resumed with another value of. The rest decides which text a step sees, or the shape of the state.
@@ -74,6 +75,13 @@ def adopt(config: Config, run_folder: Path, explicit: dict[str, Any], say: Calla
     if jax.process_index() == 0:
         configuration.save(config, path)
     return config
+
+
+def run_tokenizer(run_folder: Path) -> Tokenizer:
+    """The tokenizer that a run was trained with. Raises ConfigError if it is missing."""
+    if not (run_folder / "tokenizer.json").exists():
+        raise ConfigError(f"{run_folder}: tokenizer.json is missing; `dsjax train {run_folder}` makes it again")
+    return Tokenizer.load(run_folder)
 
 
 def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:

@@ -19,7 +19,7 @@ from dsjax.data.sources import read_documents
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.state import TrainState
 from dsjax.train.checkpoint import Checkpoints, abstract_state
-from dsjax.train.folder import differences
+from dsjax.train.folder import differences, run_tokenizer
 from dsjax.train.layout import device_mesh, on_mesh
 from dsjax.train.step import heldout_nats
 
@@ -86,7 +86,7 @@ def evaluate(
         if config.data == saved.data:
             corpus = load_corpus(config.data, config.model.vocab_size, run_folder, seed=config.seed, progress=False)
         else:
-            corpus = whole_text(config.data, Tokenizer.load(run_folder / "tokenizer.json"))
+            corpus = whole_text(config.data, run_tokenizer(run_folder))
         with jax.set_mesh(mesh):
             step = checkpoints.find(step)
             state = checkpoints.restore_model(step, abstract_state(config, mesh))

@@ -105,7 +105,7 @@ class Recorder:
 
     def _to_board(self, row: dict[str, Any]) -> None:
         numbers = {
-            f"{row['kind']}/{name}": value
+            f"{row['kind']}/{name}": float(value)
             for name, value in row.items()
             if isinstance(value, int | float) and name not in ("step", "time")
         }
