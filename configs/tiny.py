@@ -6,18 +6,20 @@ from dsjax.config import BalanceConfig, Config, ModelConfig, OptimizerConfig
 def tiny() -> Config:
     return Config(
         name="tiny",
-        steps=600,
-        batch_size=16,
+        steps=400,
+        eval_every=100,
+        checkpoint_every=100,
+        batch_size=8,
         seq_len=256,
         model=ModelConfig(
             vocab_size=4096,
-            hidden_size=192,
-            intermediate_size=512,
-            moe_intermediate_size=128,
+            hidden_size=128,
+            intermediate_size=384,
+            moe_intermediate_size=96,
             num_hidden_layers=4,
             num_nextn_predict_layers=1,
             num_attention_heads=4,
-            q_lora_rank=96,
+            q_lora_rank=64,
             kv_lora_rank=64,
             qk_nope_head_dim=32,
             qk_rope_head_dim=16,
@@ -36,5 +38,5 @@ def tiny() -> Config:
             initializer_range=0.02,
         ),
         balance=BalanceConfig(sequence=1e-4),
-        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=50, schedule="cosine"),
+        optimizer=OptimizerConfig(peak_lr=4e-3, warmup_steps=30, schedule="cosine"),
     )
