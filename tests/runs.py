@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import models
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from dsjax.config import Config, DataConfig, OptimizerConfig, replace, save
 from dsjax.train.checkpoint import Checkpoints, abstract_state
@@ -72,6 +73,30 @@ def assert_same_run(a: Path, b: Path, config: Config) -> None:
     assert first.keys() == second.keys()
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+def scalars(run_folder: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) as TensorBoard reads them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(run_folder / "tensorboard"))
+    reader.Reload()
+    return [(event.step, event.value) for event in reader.Scalars(tag)]
+
+
+@contextlib.contextmanager
+def compiled_once(tmp_path_factory):
+    """Compiled programs are kept on disk for all tests of a session, whichever process they run in."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    settings = {"jax_compilation_cache_dir": str(base / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    old = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, old):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:

@@ -35,11 +35,11 @@ def trained(tmp_path_factory):
     """A run by the command line, and what it said."""
     folder = tmp_path_factory.mktemp("first light")  # a path that needs quotes
     texts = runs.write_texts(folder / "texts")
-    path = runs.write_config(runs.micro(texts, steps=40, log_every=10, eval_every=20), folder / "micro.json")
-    with pytest.MonkeyPatch.context() as patch:
+    path = runs.write_config(runs.micro(texts, log_every=10, eval_every=20), folder / "micro.json")
+    with runs.compiled_once(tmp_path_factory), pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(layout, "devices", lambda: jax.devices()[:1])
-        result = run("train", path, "--run", folder / "my run", "--seed=1")
+        result = run("train", path, "--run", folder / "my run", "--steps=40")
         yield folder / "my run", result
 
 
@@ -131,3 +131,14 @@ def test_a_run_folder_that_cannot_be_written(trained, tmp_path):
     folder, _ = trained
     (tmp_path / "file").write_text("")
     assert "Not a directory" in refused("train", folder.parent / "micro.json", "--run", tmp_path / "file/run")
+
+
+def test_a_reader_that_goes_away_ends_the_writing(trained, tmp_path):
+    """`dsjax generate ... | head -c 1`"""
+    folder, _ = trained
+    env = runs.environment(tmp_path)
+    with runs.started("generate", folder, "--prompt", "x", "--max-tokens=80", env=env) as process:
+        process.stdout.close()
+        assert process.wait(timeout=300) == 1
+        assert process.stderr.read() == ""
+        process.stdout = None

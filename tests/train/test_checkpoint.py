@@ -113,9 +113,10 @@ def test_what_was_not_finished_does_not_count(tmp_path, state):
     assert not has_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="no checkpoint here yet; `dsjax train"):
         Checkpoints(tmp_path, read_only=True)
-    with Checkpoints(tmp_path) as checkpoints:
+    with jax.set_mesh(ONE), Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest() is None
-    assert not unfinished.exists()
+        checkpoints.save(1, state, {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 def test_a_checkpoint_of_another_shape_is_refused(saved):

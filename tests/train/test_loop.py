@@ -40,6 +40,12 @@ def share(patch):
     patch.setattr(loop.Recorder, "draw", lambda *_, **__: None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs(tmp_path_factory):
+    with runs.compiled_once(tmp_path_factory):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     share(monkeypatch)
@@ -198,6 +204,7 @@ def test_every_option_at_once_resumes_too(texts, tmp_path, monkeypatch):
         batch_size_start=2,
         batch_ramp_tokens=700,
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=2, schedule="v3", ema_decay=0.5),
+        model=replace(runs.micro(texts).model, num_nextn_predict_layers=0),
         data=replace(runs.micro(texts).data, fim_rate=0.5, packing="best_fit", document_mask=False),
         compute=replace(runs.micro(texts).compute, dtype="bfloat16"),
     )
