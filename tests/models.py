@@ -142,3 +142,11 @@ def state(config: Config, seed: int = 0) -> TrainState:
     state = TrainState(zero, model, make_optimizer(config.optimizer).init(model), bias, ema, zero, zero)
     abstract = jax.eval_shape(lambda: init_state(config))
     return jax.tree.map(lambda a, like: jax.device_put(a, getattr(like.sharding, "spec", spec())), state, abstract)
+
+
+def assert_every_layer_moves(changes: dict[str, np.ndarray]) -> None:
+    """Each weight's change has a number other than 0 in each layer."""
+    for name, change in changes.items():
+        stacked = name.split("/")[0] in ("dense", "moe", "mtp_input", "mtp_block")
+        layers = change if stacked else change[None]
+        assert all(np.any(layer) for layer in layers), name

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 
 B, T, D, V = 2, 16, 8, models.VOCAB
 CONFIG = models.config(models.v3())
+TRUNK = models.config(models.v3(num_nextn_predict_layers=0))
 ROWS = [[7, 6], [16], [3, 4, 5], [10]]
 MTP_WEIGHT = 0.3
 
@@ -58,33 +59,30 @@ def test_large_logits_do_not_overflow():
     assert float(cross_entropy(one, head, *at)) == pytest.approx(1e4)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def evaluate(model, bias, batch, config):
-    """(loss, its parts, gradients)."""
+def loss(model, bias, batch, config):
     counts = count(jax.tree.map(lambda a: a[None], batch), config.model.num_nextn_predict_layers)
+    model = cast_weights(model, config.compute.dtype)
+    return total_loss(model, batch, bias, counts, jnp.float32(MTP_WEIGHT), config)
 
-    def loss(model):
-        model = cast_weights(model, config.compute.dtype)
-        return total_loss(model, batch, bias, counts, jnp.float32(MTP_WEIGHT), config)
 
-    (total, parts), gradients = jax.value_and_grad(loss, has_aux=True)(model)
-    return total, parts, gradients
+evaluate = jax.jit(loss, static_argnames="config")
+differentiate = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnames="config")
 
 
 @functools.cache
-def result(config, rows=tuple(map(tuple, ROWS))):
+def result(config):
+    """((loss, its parts), gradients)."""
     model, bias = models.draw(config.model)
-    return evaluate(model, bias, models.pack(rows, T), config)
+    return differentiate(model, bias, models.pack(ROWS, T), config)
 
 
-def compute(config=CONFIG, **changes):
-    return replace(config, compute=replace(config.compute, **changes))
+def compute(**changes):
+    return replace(TRUNK, compute=replace(TRUNK.compute, **changes))
 
 
 def assert_same(a, b, tolerance=1e-5):
     """Loss, parts and gradients are equal to within tolerance of the largest."""
-    assert float(a[0]) == pytest.approx(float(b[0]), rel=tolerance)
-    for x, y in zip(jax.tree.leaves(a[1:]), jax.tree.leaves(b[1:]), strict=True):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x), np.asarray(y)
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * max(1.0, np.abs(y).max(initial=0)))
 
@@ -105,7 +103,7 @@ def test_the_loss_is_what_plain_loops_over_positions_give():
                     nats.append(np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[tokens[b, i + ahead]])
         means.append(np.mean(nats))
     balance = sum(float(a) for a in out.balance.values()) / len(ROWS)
-    total, parts, _ = result(CONFIG)
+    total, parts = evaluate(model, bias, batch, CONFIG)
     assert float(parts.loss) == pytest.approx(means[0], rel=1e-5)
     np.testing.assert_allclose(parts.mtp_loss, means[1:], rtol=1e-5)
     assert float(parts.balance) == pytest.approx(balance, rel=1e-5)
@@ -115,16 +113,14 @@ def test_the_loss_is_what_plain_loops_over_positions_give():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"scan_layers": False}, {"remat": "full"}, {"remat": "deepseek"}, {"grouped_matmul": "auto"}],
-    ids=lambda changes: "=".join(map(str, *changes.items())),
+    [{"scan_layers": False}, {"remat": "full"}, {"remat": "deepseek", "grouped_matmul": "auto"}],
+    ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()),
 )
 def test_the_loss_and_its_gradients_are_the_same_with(changes):
-    assert_same(result(compute(**changes)), result(CONFIG))
+    assert_same(result(compute(**changes)), result(TRUNK))
 
 
 def test_the_loss_is_the_same_for_packed_documents_and_for_a_row_each():
-    """But for the sequence-wise balance loss, which is of rows."""
-    config = replace(CONFIG, balance=BalanceConfig())
     packed = models.pack([[7, 6], [9, 5], [], []], T)
     tokens, segments, positions = (np.zeros((4, T), np.int32) for _ in range(3))
     places = [(0, 0, 7), (0, 7, 6), (1, 0, 9), (1, 9, 5)]
@@ -133,14 +129,27 @@ def test_the_loss_is_the_same_for_packed_documents_and_for_a_row_each():
         segments[row, :length], positions[row, :length] = 1, np.arange(length)
     put = functools.partial(jax.device_put, device=packed.tokens.sharding)
     alone = packed.replace(tokens=put(tokens), segment_ids=put(segments), positions=put(positions))
-    model, bias = models.draw(config.model)
-    assert_same(evaluate(model, bias, packed, config), evaluate(model, bias, alone, config))
+    model, bias = models.draw(CONFIG.model)
+    (_, got), (_, wanted) = (evaluate(model, bias, batch, CONFIG) for batch in (packed, alone))
+    # All but the sequence-wise balance loss, which is of rows.
+    assert_same((got.loss, got.mtp_loss, got.load), (wanted.loss, wanted.mtp_loss, wanted.load))
 
 
 def test_bfloat16_is_near_float32():
-    exact, rough = result(CONFIG), result(compute(dtype="bfloat16"))
-    assert rough[0].dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(rough[2])} == {jnp.dtype("float32")}
-    assert float(rough[0]) == pytest.approx(float(exact[0]), rel=0.02)
-    a, b = (np.concatenate([np.ravel(g) for g in jax.tree.leaves(r[2])]) for r in (exact, rough))
-    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.98
+    every = replace(TRUNK.model, num_experts_per_tok=TRUNK.model.n_routed_experts, topk_group=TRUNK.model.n_group)
+    exact = replace(TRUNK, model=every)  # every expert is chosen: rounding changes no choice
+    (wanted, _), wanted_gradients = result(exact)
+    (got, _), gradients = result(replace(exact, compute=replace(exact.compute, dtype="bfloat16")))
+    assert float(got) == pytest.approx(float(wanted), rel=0.01)
+    assert got.dtype == jnp.float32
+    wanted_gradients = models.named_leaves(wanted_gradients)
+    for name, gradient in models.named_leaves(gradients).items():
+        assert gradient.dtype == np.float32
+        a, b = gradient.ravel(), wanted_gradients[name].ravel()
+        assert a.size == 0 or a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.99, name
+
+
+@pytest.mark.parametrize("model", [models.v2(), models.moe()], ids=["v2", "moe"])
+def test_every_parameter_of_every_layer_has_a_gradient(model):
+    _, gradients = result(models.config(model))
+    models.assert_every_layer_moves(models.named_leaves(gradients))
