@@ -11,7 +11,7 @@ import pytest
 from dsjax.train.loss import count, total_loss
 from sharding.mesh import make_mesh
 
-MODEL = models.v3(num_hidden_layers=2)
+MODEL = models.v3(num_hidden_layers=1, first_k_dense_replace=0)  # a MoE layer in the trunk, one in MTP
 CONFIG = models.config(MODEL)
 MESHES = [{"expert": 2, "fsdp": 2, "tensor": 2}, {"context": 2, "data": 2, "expert": 2}]
 
