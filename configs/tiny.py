@@ -6,7 +6,7 @@ from dsjax.config import BalanceConfig, Config, ModelConfig, OptimizerConfig
 def tiny() -> Config:
     return Config(
         name="tiny",
-        steps=400,
+        steps=300,
         eval_every=100,
         checkpoint_every=100,
         batch_size=8,
