@@ -1,6 +1,7 @@
 """The smallest training run that has every part, in this process or in its own; and what it leaves behind."""
 
 import contextlib
+import functools
 import os
 import random
 import subprocess
@@ -20,6 +21,25 @@ from sharding.mesh import make_mesh
 WORDS = ["def", "return", "self", "naïve", "日本", "x =", "(1234)", "\n    ", "import", "for i in range(10):\n    "]
 CLOCKS = ("time", "tokens_per_s")  # what differs between two runs of the same numbers
 MAIN = [sys.executable, "-c", "from dsjax.cli import main; main()"]
+
+
+LOOP_ONLY = dict(steps=1, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1, max_skipped_steps=1)
+SCHEDULE_ONLY = dict(peak_lr=1, warmup_steps=0, schedule="constant")
+
+
+def essence(config: Config) -> Config:
+    """What the compiled programs of a run depend on."""
+    return replace(config, **LOOP_ONLY, optimizer=replace(config.optimizer, **SCHEDULE_ONLY))
+
+
+@functools.cache
+def _like(config: Config, mesh):
+    return abstract_state(config, mesh)
+
+
+def like(config: Config, mesh):
+    """The abstract state of a run, traced once."""
+    return _like(essence(config), mesh)
 
 
 def write_texts(folder: Path, n: int = 40, seed: int = 0) -> Path:
@@ -62,7 +82,7 @@ def state(run_folder: Path, config: Config, step: int | None = None) -> dict[str
     """Every array of a checkpoint by name, the newest by default."""
     mesh = make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh), Checkpoints(run_folder, read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(checkpoints.find(step), abstract_state(config, mesh))
+        state, _ = checkpoints.restore(checkpoints.find(step), like(config, mesh))
     return models.named_leaves(state)
 
 

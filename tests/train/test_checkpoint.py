@@ -11,6 +11,9 @@ from dsjax.state import TrainState
 from dsjax.train.checkpoint import Checkpoints, abstract_state, has_checkpoint
 from sharding.mesh import make_mesh
 
+# What a failed read or write of a checkpoint leaves behind in its threads.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 CONFIG = models.config(models.v3(num_hidden_layers=2))
 ONE = make_mesh(jax.devices()[:1])
 
