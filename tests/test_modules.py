@@ -104,7 +104,9 @@ import dsjax
 print(time.perf_counter() - start, "flax" in sys.modules)
 """
     runs = [
-        subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+        subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
         for _ in range(2)
     ]
     assert min(float(seconds) for seconds, _ in runs) <= 0.5

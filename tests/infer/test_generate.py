@@ -1,4 +1,4 @@
-"""Generation: the same tokens for the same seed, however they are cut into chunks and batches; it ends where it must."""
+"""Generation: the same tokens for the same seed, in whatever chunks and batches; it ends where it must."""
 
 import functools
 

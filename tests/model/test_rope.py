@@ -61,8 +61,14 @@ def test_equal_bounds_of_the_ramp_divide_by_no_zero():
 
 @pytest.mark.parametrize(
     ("name", "scale"),
-    [("v3", 0.1352337789), ("r1", 0.1352337789), ("v2", 0.1147213868), ("v2_lite", 0.1147213868), ("moonlight", 0.0721687836)],
-)  # fmt: skip
+    [
+        ("v3", 0.1352337789),
+        ("r1", 0.1352337789),
+        ("v2", 0.1147213868),
+        ("v2_lite", 0.1147213868),
+        ("moonlight", 0.0721687836),
+    ],
+)
 def test_the_softmax_scale_carries_yarns_amplitude(name, scale):
     assert softmax_scale(configs.load(name).model) == pytest.approx(scale, abs=5e-11)
 
@@ -72,7 +78,9 @@ def test_the_softmax_scale_of_kimi_k2_and_of_v3_without_yarn():
     assert softmax_scale(replace(configs.load("v3").model, rope_scaling=None)) == pytest.approx(192**-0.5)
 
 
-@pytest.mark.parametrize(("mscale", "mscale_all_dim", "amplitude"), [(1.0, 1.0, 1.0), (0.707, 0.707, 1.0), (1.0, 0.0, 1.3688879)])
+@pytest.mark.parametrize(
+    ("mscale", "mscale_all_dim", "amplitude"), [(1.0, 1.0, 1.0), (0.707, 0.707, 1.0), (1.0, 0.0, 1.3688879)]
+)
 def test_cos_and_sin_carry_the_ratio_of_amplitudes(mscale, mscale_all_dim, amplitude):  # fmt: skip
     cfg = models.v3(rope_scaling=replace(V3, mscale=mscale, mscale_all_dim=mscale_all_dim))
     cos, sin = rope_tables(jnp.arange(5)[None], cfg)

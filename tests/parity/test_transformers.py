@@ -40,16 +40,8 @@ def theirs(cfg: ModelConfig):
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.rope_scaling is not None:
         rope |= {"rope_type": "yarn"} | vars(cfg.rope_scaling)
-    names = (
-        "vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads "
-        "q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts n_shared_experts "
-        "num_experts_per_tok first_k_dense_replace n_group topk_group norm_topk_prob routed_scaling_factor "
-        "rms_norm_eps initializer_range max_position_embeddings num_nextn_predict_layers"
-    ).split()
-    fields = {name: getattr(cfg, name) for name in names}
-    if family == "DeepseekV2":
-        fields["topk_method"] = cfg.topk_method
-        del fields["num_nextn_predict_layers"]
+    ours = {"attention", "scoring_func", "rope_theta", "rope_scaling", "mtp_hidden"}  # all others are the Hub's names
+    fields = {name: value for name, value in vars(cfg).items() if name not in ours and not name.startswith("_")}
     config = getattr(transformers, f"{family}Config")(
         **fields, num_key_value_heads=cfg.num_attention_heads, rope_parameters=rope, attn_implementation="eager"
     )
@@ -72,7 +64,9 @@ def smallest_gap(model, tokens, cfg: ModelConfig) -> float:
 
     def see(gate, inputs, _):
         logits = inputs[0].reshape(-1, cfg.hidden_size).double() @ gate.weight.double().T
-        scores = logits.sigmoid() + gate.e_score_correction_bias if cfg.scoring_func == "sigmoid" else logits.softmax(-1)
+        scores = (
+            logits.sigmoid() + gate.e_score_correction_bias if cfg.scoring_func == "sigmoid" else logits.softmax(-1)
+        )
         groups = scores.reshape(len(scores), cfg.n_group, -1)
         rank = groups.topk(2 if cfg.scoring_func == "sigmoid" else 1).values.sum(-1).sort(-1, descending=True)
         if cfg.n_group > 1:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from dsjax.config import BalanceConfig, replace
+from dsjax.config import replace
 from dsjax.precision import cast_weights
 from dsjax.train import loss as loss_module
 from dsjax.train.loss import count, cross_entropy, total_loss
@@ -100,7 +100,9 @@ def test_the_loss_is_what_plain_loops_over_positions_give():
             for i in range(T - ahead):
                 if segments[b, i] and segments[b, i] == segments[b, i + ahead]:
                     scores = logits[b, i]
-                    nats.append(np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[tokens[b, i + ahead]])
+                    nats.append(
+                        np.log(np.exp(scores - scores.max()).sum()) + scores.max() - scores[tokens[b, i + ahead]]
+                    )
         means.append(np.mean(nats))
     balance = sum(float(a) for a in out.balance.values()) / len(ROWS)
     total, parts = evaluate(model, bias, batch, CONFIG)

@@ -19,7 +19,14 @@ def v3_at(tokens: float):
 
 
 def test_the_v3_rate_goes_through_its_published_phases():
-    rates = [(3, 2.2e-4), (9.99, 2.2e-4), (12.15, (2.2e-4 + 2.2e-5) / 2), (14.3, 2.2e-5), (14.6, 2.2e-5), (14.64, 7.3e-6)]
+    rates = [
+        (3, 2.2e-4),
+        (9.99, 2.2e-4),
+        (12.15, (2.2e-4 + 2.2e-5) / 2),
+        (14.3, 2.2e-5),
+        (14.6, 2.2e-5),
+        (14.64, 7.3e-6),
+    ]
     for tokens, rate in [*rates, (14.8, 7.3e-6)]:
         assert v3_at(tokens * TERA).learning_rate == pytest.approx(rate, rel=1e-3), tokens
 
@@ -75,7 +82,9 @@ def runs():
         )  # fmt: skip
 
     number = st.integers(1, 6)
-    return st.builds(make, number, number, st.none() | number, st.integers(1, 2000), st.integers(1, 60), st.integers(2, 9))
+    return st.builds(
+        make, number, number, st.none() | number, st.integers(1, 2000), st.integers(1, 60), st.integers(2, 9)
+    )
 
 
 @given(runs())

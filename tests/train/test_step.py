@@ -66,13 +66,18 @@ def test_the_router_bias_moves_by_exactly_its_speed_against_the_load():
     before, after, metrics = first_step()
     speed = np.float32(models.KNOBS["bias_update_speed"])
     for old, new, load in zip(
-        jax.tree.leaves(before.router_bias), jax.tree.leaves(after.router_bias), jax.tree.leaves(metrics.load), strict=True
+        jax.tree.leaves(before.router_bias),
+        jax.tree.leaves(after.router_bias),
+        jax.tree.leaves(metrics.load),
+        strict=True,
     ):
         load = np.asarray(load)
         sign = np.sign(load.mean(axis=1, keepdims=True) - load)
         assert np.any(sign > 0) and np.any(sign < 0)
         np.testing.assert_array_equal(new, np.asarray(old) + speed * sign)
-    np.testing.assert_array_equal(jnp.sum(metrics.load.moe, axis=1), sum(map(sum, ROWS)) * CONFIG.model.num_experts_per_tok)
+    np.testing.assert_array_equal(
+        jnp.sum(metrics.load.moe, axis=1), sum(map(sum, ROWS)) * CONFIG.model.num_experts_per_tok
+    )
     every = np.concatenate([np.asarray(a) for a in jax.tree.leaves(metrics.load)])
     np.testing.assert_allclose(metrics.max_vio, every.max(axis=1) / every.mean(axis=1) - 1, rtol=1e-6)
 
@@ -86,7 +91,7 @@ def test_the_average_of_weights_follows_at_its_decay():
 
 @pytest.mark.parametrize("where", ["a weight", "the loss"])
 def test_a_step_with_nan_changes_nothing_but_the_counts(where):
-    before, good, _ = first_step()
+    _, good, _ = first_step()
     knobs = models.knobs(mtp_weight=float("nan")) if where == "the loss" else models.knobs()
     if where == "a weight":
         good = good.replace(model=poison(good.model))
