@@ -34,11 +34,13 @@ class LossParts(NamedTuple):
 
 
 def count(batch: Batch, depth: int) -> Counts:
-    """Counts of a batch [B, T], or of micro-batches [A, B, T]."""
-    flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]) if a.ndim == 3 else a, batch)
-    targets = [jnp.sum(look_ahead(flat, k + 1)[1] > 0, dtype=jnp.float32) for k in range(1 + depth)]
-    rows = jnp.sum(jnp.any(flat.segment_ids > 0, axis=1), dtype=jnp.float32)
-    return Counts(jnp.maximum(rows, 1), jnp.maximum(jnp.stack(targets), 1))
+    """Counts of all micro-batches [A, B, T] together."""
+
+    def one(batch: Batch) -> Counts:
+        targets = [jnp.sum(look_ahead(batch, k + 1)[1] > 0, dtype=jnp.float32) for k in range(1 + depth)]
+        return Counts(jnp.sum(jnp.any(batch.segment_ids > 0, axis=1), dtype=jnp.float32), jnp.stack(targets))
+
+    return jax.tree.map(lambda a: jnp.maximum(jnp.sum(a, axis=0), 1), jax.vmap(one)(batch))
 
 
 def total_loss(
