@@ -123,6 +123,7 @@ def environment(cache: Path, devices: int = 1) -> dict[str, str]:
     """Of a process with this many CPU devices, whose compiled programs are kept for the next one."""
     flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
     return os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
         "JAX_COMPILATION_CACHE_DIR": str(cache),

@@ -3,13 +3,12 @@
 import random
 import signal
 import time
+from importlib.util import find_spec
 
 import pytest
 import runs
 
 from dsjax.config import DataConfig
-
-pytest.importorskip("tensorboard")
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +78,9 @@ def finish(whole, folder, env) -> None:
     assert result.returncode == 0, result.stderr
     runs.assert_same_run(reference, folder, config)
     assert (folder / "loss.png").read_bytes() == (reference / "loss.png").read_bytes()
-    assert runs.scalars(folder, "train/loss") == runs.scalars(reference, "train/loss")
-    assert [step for step, _ in runs.scalars(folder, "train/loss")] == list(range(4, 61, 4))
+    if find_spec("tensorboard"):
+        assert runs.scalars(folder, "train/loss") == runs.scalars(reference, "train/loss")
+        assert [step for step, _ in runs.scalars(folder, "train/loss")] == list(range(4, 61, 4))
     leftovers = [p.name for p in folder.rglob("*") if "tmp" in p.name or ".part" in p.name or p.name.startswith(".")]
     assert not leftovers
 
