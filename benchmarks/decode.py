@@ -77,7 +77,12 @@ def transformers(prompt: int, new: int) -> dict:
     def generate(batch, n):
         ids = torch.tensor(prompts(batch, prompt))
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+            pad_token_id=0,
         )
         assert out.shape == (batch, prompt + n)
 

@@ -46,11 +46,13 @@ def generate_tokens(
     one_by_one: whether each layer is its own array (by default on CPU, where a scan over stacked layers copies all their
     weights for each token) or one compiled layer serves all.
 
-    Stops when every row has ended or has max_tokens. Call it under `jax.set_mesh`. Raises ConfigError if a prompt is
-    empty or too long for the model.
+    Stops when every row has ended or has max_tokens. Call it under `jax.set_mesh`. Raises ConfigError if max_tokens is
+    below 1, or a prompt empty or too long for the model.
     """
     one_by_one = jax.default_backend() == "cpu" if one_by_one is None else one_by_one
     longest, limit = max(map(len, prompts)), model.cfg.max_position_embeddings
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens={max_tokens}: expected a whole number greater than 0")
     if min(map(len, prompts)) == 0:
         raise ConfigError("prompt: expected at least one token")
     if longest + max_tokens > limit:

@@ -36,7 +36,8 @@ def jit_init_state(config: Config):
 def train_step(
     state: TrainState, batch: Batch, knobs: dict[str, jax.Array], config: Config
 ) -> tuple[TrainState, Metrics]:
-    """One update from a batch [A, B, T] of A micro-batches, of which the first knobs["micro_batches"] are taken.
+    """One update from a batch [A, B, T] of A micro-batches, of which the first knobs["micro_batches"] are taken; those
+    after them must be padding (segment 0), as the losses' counts are those of all.
 
     A loss or gradient with NaN or Inf leaves everything as it was but the counts of skipped steps.
     """
