@@ -18,7 +18,7 @@ def tokens(batch: int, seq: int) -> np.ndarray:
 
 def measure(step, steps: int, n_tokens: int) -> dict:
     times, cpu = [], []
-    for i in range(steps + 1):
+    for _ in range(steps + 1):
         start, cpu_start = time.perf_counter(), time.process_time()
         loss = step()
         times.append(time.perf_counter() - start)
@@ -37,7 +37,7 @@ def dsjax(batch: int, seq: int, steps: int) -> dict:
     import jax
 
     from dsjax.config import ComputeConfig, Config, DataConfig, ModelConfig, OptimizerConfig
-    from dsjax.train.loop import device_mesh, to_device
+    from dsjax.train.layout import device_mesh, on_mesh
     from dsjax.train.schedule import Knobs
     from dsjax.train.step import jit_init_state, jit_train_step
 
@@ -59,7 +59,7 @@ def dsjax(batch: int, seq: int, steps: int) -> dict:
     with jax.set_mesh(mesh):
         state = jit_init_state(config)()
         step_fn = jit_train_step(config)
-        data = to_device({name: a[None] for name, a in arrays.items()}, mesh)
+        data = on_mesh({name: a[None] for name, a in arrays.items()}, mesh)
 
         def step():
             nonlocal state

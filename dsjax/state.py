@@ -1,4 +1,7 @@
-"""What changes between calls. Kept apart from the modules: the shape-checking hook and pytree dataclasses do not mix."""
+"""What changes between calls.
+
+Kept apart from the modules: the shape-checking hook and pytree dataclasses do not mix.
+"""
 
 from typing import Any
 

@@ -39,7 +39,6 @@ def dispatch(
 
 def combine(y: Float[Array, "M D"], plan: Plan, num_experts_per_tok: int) -> Float[Array, "N D"]:
     """Sum of each token's rows, at the token's owner. Rows are already weighted."""
-    m, d = y.shape
     y = _collect(y, plan, num_experts_per_tok)
     return lax.psum(lax.psum_scatter(y, "expert", tiled=True), "tensor")
 

@@ -19,7 +19,7 @@ from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.sampling import sample
 from dsjax.model.transformer import DeepSeek, unstack
 from dsjax.precision import cast_weights
-from dsjax.state import Batch, Cache, RouterBias
+from dsjax.state import Batch, RouterBias
 from dsjax.train.checkpoint import Checkpoints, abstract_state
 from dsjax.train.folder import run_tokenizer
 from sharding.mesh import make_mesh
@@ -43,8 +43,8 @@ def generate_tokens(
 ) -> Iterator[np.ndarray]:
     """Continuations of token prompts, as arrays [B, n <= CHUNK] that follow each other; after eos_id come eos_ids.
 
-    one_by_one: whether each layer is its own array (by default on CPU, where a scan over stacked layers copies all their
-    weights for each token) or one compiled layer serves all.
+    one_by_one: whether each layer is its own array (by default on CPU, where a scan over stacked layers copies all
+    their weights for each token) or one compiled layer serves all.
 
     Stops when every row has ended or has max_tokens. Call it under `jax.set_mesh`. Raises ConfigError if max_tokens is
     below 1, or a prompt empty or too long for the model.

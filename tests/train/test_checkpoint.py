@@ -133,12 +133,16 @@ def test_a_checkpoint_of_another_shape_is_refused(saved):
 
 
 def test_a_write_that_fails_in_the_background_is_told(tmp_path, state, monkeypatch):
-    with pytest.raises(ConfigError, match=r"a checkpoint could not be written .*; the older ones are intact") as error:
-        with jax.set_mesh(ONE), Checkpoints(tmp_path) as checkpoints:
-            checkpoints.save(1, state, {})
-            checkpoints.wait()
-            (tmp_path / "checkpoints").rename(tmp_path / "gone")
-            (tmp_path / "checkpoints").write_text("a file in its place")
-            checkpoints.save(2, state, {})
-            checkpoints.wait()
+    message = r"a checkpoint could not be written .*; the older ones are intact"
+    with (
+        pytest.raises(ConfigError, match=message) as error,
+        jax.set_mesh(ONE),
+        Checkpoints(tmp_path) as checkpoints,
+    ):
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        (tmp_path / "checkpoints").rename(tmp_path / "gone")
+        (tmp_path / "checkpoints").write_text("a file in its place")
+        checkpoints.save(2, state, {})
+        checkpoints.wait()
     assert "\n" not in str(error.value)
