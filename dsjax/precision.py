@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 # float32 whatever the recipe: the router's choice and the norms (reference section 5.1)
 _FLOAT32 = ("router", "scale")
@@ -10,13 +9,8 @@ _FLOAT32 = ("router", "scale")
 
 def weight_name(path) -> str:
     """A leaf's name without Flax's inner keys: "moe/attn/wo"."""
-    keys = [
-        str(k.name if isinstance(k, GetAttrKey) else k.key if isinstance(k, DictKey) else getattr(k, "idx", k))
-        if isinstance(k, (GetAttrKey, DictKey, SequenceKey))
-        else str(getattr(k, "key", k))
-        for k in path
-    ]
-    return "/".join(k for k in keys if k not in ("value", "raw_value"))
+    keys = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return "/".join(key for key in keys if key not in ("value", "raw_value"))
 
 
 def cast_weights(model, dtype: str):

@@ -84,6 +84,14 @@ def load_corpus(config: DataConfig, vocab_size: int, folder: Path, *, seed: int 
     return Corpus(tokenizer, train, heldout, (folder / "data" / "heldout.txt").read_bytes(), facts)
 
 
+def compressors_bpb(text: bytes) -> dict[str, float]:
+    """Bits a byte of text under gzip -9 and xz -9."""
+    return {
+        "gzip_bpb": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
+        "xz_bpb": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+
+
 def survey_sources(config: DataConfig) -> Survey:
     """Sizes, digest and held-out documents of the sources.
 
@@ -211,8 +219,7 @@ def _encode(
         "tokenizer": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,
         "bytes_per_token": int(survey.n_bytes.sum()) / n_tokens,
-        "gzip_bpb": 8 * len(gzip.compress(heldout_text, 9, mtime=0)) / len(heldout_text),
-        "xz_bpb": 8 * len(lzma.compress(heldout_text, preset=9)) / len(heldout_text),
+        **compressors_bpb(heldout_text),
     }
     names = ("train.tokens", "train.lengths.npy", "heldout.tokens", "heldout.lengths.npy", "heldout.txt")
     digests = {name: _file_digest(folder / name) for name in names}

@@ -1,8 +1,6 @@
 """How well a model predicts text it was not trained on: nats a token, and bits a byte beside gzip's and xz's."""
 
 import functools
-import gzip
-import lzma
 import math
 from collections import Counter
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 
 from dsjax import config as configuration
 from dsjax.config import ComputeConfig, Config, ConfigError, DataConfig
+from dsjax.data.corpus import compressors_bpb
 from dsjax.data.documents import TokenizedDocuments
 from dsjax.data.pipeline import Corpus, heldout_rows, load_corpus
 from dsjax.data.sources import read_documents
@@ -109,7 +108,6 @@ def whole_text(data: DataConfig, tokenizer: Tokenizer) -> Corpus:
     facts = {
         "heldout": {"documents": len(ids), "bytes": len(text), "tokens": len(tokens)},
         "skipped": dict(skipped),
-        "gzip_bpb": 8 * len(gzip.compress(text, 9, mtime=0)) / len(text),
-        "xz_bpb": 8 * len(lzma.compress(text, preset=9)) / len(text),
+        **compressors_bpb(text),
     }
     return Corpus(tokenizer, documents, documents, text, facts)
