@@ -187,7 +187,9 @@ class DataConfig:
         ("stdlib",), min_length=1, description="stdlib, or files, folders and globs, each as PATH or PATH:WEIGHT"
     )
     text_field: str = Field("text", description="field of .jsonl, .parquet and ArrayRecord records")
-    tokenizer: str = Field("bpe", description="bpe = train one on the corpus; bytes; or a tokenizer.json")
+    tokenizer: str = Field(
+        "bpe", description="bpe = train one on the corpus; bytes; a tokenizer.json; run = the run folder's (imported)"
+    )
     heldout_fraction: float = Field(0.02, gt=0, lt=1, description="part of the documents kept for evaluation")
     fim_rate: float = Field(0.0, ge=0, le=1, description="part of the documents turned to prefix-suffix-middle")
     packing: Literal["concat", "best_fit"] = Field("concat", description="cut documents at row ends, or fit whole ones")

@@ -154,6 +154,8 @@ def _tokenizer(
     config: DataConfig, vocab_size: int, folder: Path, survey: Survey, seed: int, progress: bool
 ) -> Tokenizer:
     """The run's tokenizer: the one in its folder, or a new one that is then kept there."""
+    if config.tokenizer == "run":
+        return Tokenizer.load(folder)
     path, note = folder / "tokenizer.json", folder / "data" / "tokenizer.from.json"
     wanted = {"tokenizer": config.tokenizer}
     if config.tokenizer == "bpe":

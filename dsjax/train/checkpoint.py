@@ -16,6 +16,7 @@ from jax import P
 from dsjax.config import Config, ConfigError
 from dsjax.precision import weight_name
 from dsjax.state import TrainState
+from dsjax.train.leaves import chunking
 from dsjax.train.step import init_state
 
 _MODEL = ("model", "ema", "router_bias")
@@ -63,7 +64,9 @@ class Checkpoints:
             return
         model, rest = _split(state)
         args = ocp.args.Composite(
-            model=ocp.args.StandardSave(model), rest=ocp.args.StandardSave(rest), notes=ocp.args.JsonSave(notes)
+            model=ocp.args.StandardSave(model, save_args=_in_chunks(model)),
+            rest=ocp.args.StandardSave(rest),
+            notes=ocp.args.JsonSave(notes),
         )
         with self._writing():
             self.manager.save(step, args=args)
@@ -86,6 +89,10 @@ class Checkpoints:
             notes=ocp.args.JsonRestore(),
         )
         return _fill(like, {**items["model"], **items["rest"]}), items["notes"]
+
+    def weights_alone(self, step: int) -> bool:
+        """Whether the checkpoint is imported weights, with no optimizer state."""
+        return _weights_alone(self.folder / str(step))
 
     def find(self, step: int | None) -> int:
         """This step, or the newest one for None. Raises ConfigError if there is no such checkpoint."""
@@ -130,6 +137,12 @@ def has_checkpoint(run_folder: Path) -> bool:
     return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
 
 
+def imported(run_folder: Path) -> bool:
+    """Whether the folder holds imported weights that no step was trained from yet."""
+    folder = _folder(run_folder)
+    return has_checkpoint(run_folder) and all(_weights_alone(p) for p in folder.iterdir() if p.name.isdigit())
+
+
 def abstract_state(config: Config, mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on `mesh`, with no array made."""
 
@@ -148,6 +161,15 @@ def names(tree) -> list[str]:
 
 def _folder(run_folder: Path) -> Path:
     return Path(run_folder).absolute() / "checkpoints"
+
+
+def _in_chunks(flat: dict[str, Any]) -> dict[str, ocp.SaveArgs]:
+    chunks = {name: chunking(name, a) for name, a in flat.items()}
+    return {name: ocp.SaveArgs(shard_axes=axes, chunk_byte_size=most) for name, (axes, most) in chunks.items()}
+
+
+def _weights_alone(step_folder: Path) -> bool:
+    return not (step_folder / "rest").exists()
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ import jax
 from dsjax import config as configuration
 from dsjax.config import Config, ConfigError, show
 from dsjax.data.tokenizer import Tokenizer
-from dsjax.train.checkpoint import has_checkpoint
+from dsjax.train.checkpoint import has_checkpoint, imported
 
 # What a run may be resumed with another value of. The rest decides which text a step sees, or the shape of the state.
 _RESUMABLE = (
@@ -65,8 +65,9 @@ def adopt(config: Config, run_folder: Path, explicit: dict[str, Any], say: Calla
                 f"{run_folder}: holds a run of preset {saved.name}, not {config.name}; choose another --run"
             )
         config = configuration.override(saved, explicit)
+        fresh = imported(run_folder)  # only its network is decided
         for name, (old, new) in differences(saved, config).items():
-            if name.startswith(_FIXED) or not name.startswith(_RESUMABLE):
+            if name.startswith("model.") if fresh else name.startswith(_FIXED) or not name.startswith(_RESUMABLE):
                 raise ConfigError(
                     f"{name}={show(new)}: the run in {run_folder} has {show(old)} and cannot change it; choose another "
                     "--run"

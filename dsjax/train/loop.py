@@ -6,6 +6,7 @@ The folder holds config.json, tokenizer.json, data/ (tokens), checkpoints/, metr
 """
 
 import contextlib
+import functools
 import platform
 import signal
 import threading
@@ -27,7 +28,7 @@ from dsjax.train.layout import device_mesh, devices, on_mesh, one_document
 from dsjax.train.metrics import Interval, Recorder
 from dsjax.train.report import Report, corpus_rows, farewell_rows, plan_rows
 from dsjax.train.schedule import Schedule
-from dsjax.train.step import jit_init_state, jit_train_step
+from dsjax.train.step import jit_init_state, jit_train_step, start_state
 
 __all__ = ["evaluate", "train"]
 
@@ -116,8 +117,15 @@ class Run:
         if step is None:
             self.interval = Interval()
             return 0, jit_init_state(self.config)()
+        like = abstract_state(self.config, self.mesh)
+        if self.checkpoints.weights_alone(step):
+            self.report.say(f"starting from the weights in {self.folder}")
+            self.interval = Interval()
+            given = self.checkpoints.restore_model(step, like.replace(ema=None))
+            start = jax.jit(functools.partial(start_state, config=self.config), donate_argnums=(0, 1))
+            return 0, start(given.model, given.router_bias)
         self.report.say(f"resuming {self.folder} at step {step}")
-        state, notes = self.checkpoints.restore(step, abstract_state(self.config, self.mesh))
+        state, notes = self.checkpoints.restore(step, like)
         self.interval = Interval(notes)
         return step, state
 

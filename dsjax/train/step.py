@@ -19,11 +19,14 @@ from dsjax.train.schedule import Knobs
 
 def init_state(config: Config) -> TrainState:
     """The state before the first step, born sharded. Call it under `jax.jit` and `jax.set_mesh`."""
-    model = DeepSeek(config.model, rngs=nnx.Rngs(config.seed))
+    return start_state(DeepSeek(config.model, rngs=nnx.Rngs(config.seed)), init_router_bias(config.model), config)
+
+
+def start_state(model: DeepSeek, router_bias: RouterBias, config: Config) -> TrainState:
+    """The state before the first step from given weights."""
     zero = jnp.zeros((), jnp.int32)
     ema = None if config.optimizer.ema_decay is None else jax.tree.map(jnp.copy, model)
-    opt_state = make_optimizer(config.optimizer).init(model)
-    return TrainState(zero, model, opt_state, init_router_bias(config.model), ema, zero, zero)
+    return TrainState(zero, model, make_optimizer(config.optimizer).init(model), router_bias, ema, zero, zero)
 
 
 def jit_init_state(config: Config):

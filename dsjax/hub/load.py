@@ -1,0 +1,181 @@
+"""A model ready for use, from a Hub folder or from a run folder: `load`, and `logits` of it.
+
+model = dsjax.load("DeepSeek-V2-Lite", dtype="float32")
+dsjax.logits(model, tokens)   # [B, T] int -> [B, T, V] float32
+"""
+
+import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import P
+from tqdm import tqdm
+
+from dsjax import config as configuration
+from dsjax.config import ComputeConfig, Config, ConfigError, replace, show
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.hub.checkpoint import HubCheckpoint
+from dsjax.hub.config import is_hub_folder
+from dsjax.hub.names import HubTensor
+from dsjax.model.transformer import DeepSeek, init_router_bias
+from dsjax.precision import cast_weights, weight_name
+from dsjax.state import Batch, RouterBias
+from dsjax.train.checkpoint import Checkpoints, abstract_state
+from sharding.mesh import make_mesh
+from sharding.rules import spec
+
+READERS = 4  # leaves read at a time
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with all it needs to run: weights, router bias, their mesh, the configuration, and its folder."""
+
+    model: DeepSeek
+    router_bias: RouterBias
+    mesh: Any
+    config: Config
+    folder: Path
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Raises ConfigError where the folder has no tokenizer.json."""
+        if not (self.folder / "tokenizer.json").is_file():
+            raise ConfigError(f"{self.folder}: no tokenizer.json, which text needs (tiktoken.model is not read)")
+        return Tokenizer.load(self.folder)
+
+
+def load(
+    source: Path | str,
+    dtype: str | None = None,
+    mesh=None,
+    *,
+    step: int | None = None,
+    progress: bool = False,
+    say=None,
+) -> Loaded:
+    """The model of a Hub folder or run folder.
+
+    dtype: float32 or bfloat16 of matrices and activations, by default the run's, bfloat16 for a Hub folder; routers and
+    norms are float32. mesh: of `sharding.mesh.make_mesh`, one device by default. step: of the run's checkpoint, by default
+    the newest. Each process reads only the slices that its devices hold. say: called with notes on the folder.
+
+    Raises ConfigError (HubError) for a folder that is neither, or damaged.
+    """
+    if dtype not in (None, "float32", "bfloat16"):
+        raise ConfigError(f"dtype={show(dtype)}: expected float32 or bfloat16")
+    folder, mesh = Path(source), make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
+    if not folder.is_dir():
+        raise ConfigError(f"{show(str(source))}: no such folder; expected a Hub folder or a run folder")
+    if is_hub_folder(folder):
+        return _load_hub(folder, dtype or "bfloat16", mesh, progress, say)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{show(str(source))}: no config.json; expected a Hub folder or a run folder")
+    config = configuration.load(folder / "config.json")
+    config = replace(config, compute=replace(config.compute, dtype=dtype or config.compute.dtype))
+    like = abstract_state(config, mesh).replace(ema=None, model=_like(config, mesh))
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        state = checkpoints.restore_model(step, like)
+    return Loaded(state.model, state.router_bias, mesh, config, folder)
+
+
+def logits(model: Loaded, tokens) -> np.ndarray:
+    """Scores of the next token at every position, [B, T, V] float32, of rows of token ids [B, T] without padding.
+
+    Raises ConfigError for ids that are no tokens of the model, or a shape that is not [B, T].
+    """
+    tokens = np.asarray(tokens)
+    cfg = model.config.model
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or not tokens.size:
+        raise ConfigError(f"tokens: {tokens.dtype}{list(tokens.shape)}; expected whole numbers [B, T]")
+    if tokens.min() < 0 or tokens.max() >= cfg.vocab_size:
+        raise ConfigError(f"tokens: {tokens.min()} to {tokens.max()}; expected 0 to {cfg.vocab_size - 1}")
+    if tokens.shape[1] > cfg.max_position_embeddings:
+        raise ConfigError(f"tokens: {tokens.shape[1]} a row; expected at most {cfg.max_position_embeddings}")
+    with jax.set_mesh(model.mesh):
+        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
+        arrays = (tokens.astype(np.int32), np.ones(tokens.shape, np.int32), positions)
+        batch = Batch(*(jax.device_put(a, spec("batch", "seq")) for a in arrays))
+        return np.asarray(_logits(model.model, batch, model.router_bias, model.config.compute))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _logits(model: DeepSeek, batch: Batch, router_bias: RouterBias, compute: ComputeConfig):
+    return model.logits(model(batch, router_bias, compute).hidden)
+
+
+def _like(config: Config, mesh) -> DeepSeek:
+    """Shapes, dtypes and shardings of the weights in the compute format."""
+    make = lambda: cast_weights(DeepSeek(config.model, rngs=nnx.Rngs(0)), config.compute.dtype)  # noqa: E731
+    return _on_mesh(make, mesh)
+
+
+def _on_mesh(make, mesh):
+    with jax.set_mesh(mesh):
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=jax.NamedSharding(mesh, a.sharding.spec if a.sharding else P())
+            ),
+            jax.eval_shape(make),
+        )
+
+
+def _load_hub(folder: Path, dtype: str, mesh, progress: bool, say) -> Loaded:
+    hub = HubCheckpoint(folder)
+    notes = list(hub.notes)
+    if differing := hub.differing_copies():
+        names = ", ".join(t.name for t in differing)
+        notes.append(f"{names}: not equal to the shared weights, which multi-token prediction here reads instead")
+    for note in notes if say else ():
+        say(note)
+    config = Config(
+        name=folder.resolve().name,
+        seq_len=min(4096, hub.model.max_position_embeddings),
+        model=hub.model,
+        compute=ComputeConfig(dtype=dtype),
+    )
+    like = {"model": _like(config, mesh), "router_bias": _on_mesh(lambda: init_router_bias(hub.model), mesh)}
+    places: dict[str, dict[tuple[int, ...], HubTensor]] = {}
+    for t in hub.tensors:
+        if not t.copy:
+            places.setdefault(t.leaf, {})[t.index] = t
+    paths, tree = jax.tree_util.tree_flatten_with_path(like)
+    total = sum(hub.files[t.name].n_bytes for of_leaf in places.values() for t in of_leaf.values())
+    with (
+        tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=not progress or None, leave=False) as bar,
+        ThreadPoolExecutor(READERS) as pool,
+    ):
+        read = functools.partial(_read_leaf, hub, bar)
+        arrays = list(pool.map(read, (places.get(weight_name(path)) for path, _ in paths), (a for _, a in paths)))
+    state = jax.tree.unflatten(tree, arrays)
+    return Loaded(state["model"], state["router_bias"], mesh, config, folder)
+
+
+def _read_leaf(hub: HubCheckpoint, bar, tensors: dict[tuple[int, ...], HubTensor] | None, like) -> jax.Array:
+    """One leaf on its devices. Without tensors (no router bias, no MTP): zeros."""
+    if tensors is None or not like.size:
+        return jax.device_put(jnp.zeros(like.shape, like.dtype), like.sharding)
+    n_stacked = len(next(iter(tensors)))
+    done: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one reading
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        whole = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, like.shape))
+        key = tuple((s.start, s.stop) for s in whole)
+        if key not in done:
+            stacked, place = whole[:n_stacked], whole[n_stacked:]
+            out = np.empty([s.stop - s.start for s in whole], like.dtype)
+            for at in itertools.product(*(range(s.start, s.stop) for s in stacked)):
+                block = hub.read(tensors[at], place)
+                out[tuple(i - s.start for i, s in zip(at, stacked))] = block
+                bar.update(block.size * hub.files[tensors[at].name].itemsize)
+            done[key] = out
+        return done[key]
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part)
