@@ -206,41 +206,52 @@ def train(preset: str, run: str | None, quiet: bool, changes: dict[str, str]):
 
 
 @cli.command(
-    short_help="Continue a prompt with a trained model.",
+    short_help="Continue a prompt, or answer it.",
     epilog="""\b
 Examples:
   dsjax generate runs/tiny --prompt "def " --temperature 0.7 --top-p 0.95
+  dsjax generate deepseek-ai/DeepSeek-V2-Lite-Chat --chat --prompt "Who are you?"
   head -20 program.py | dsjax generate runs/tiny --max-tokens 100 > rest.py""",
 )
-@click.argument("run_folder")
+@click.argument("source", metavar="MODEL")
 @click.option("--prompt", metavar="TEXT", help="What to continue.  [default: standard input]")
+@click.option("--chat", is_flag=True, help="The prompt is a user's message, in the model's chat template.")
+@click.option("--system", metavar="TEXT", help="System message before it, with --chat.")
 @click.option("--temperature", type=TEMPERATURE, default=0.7, show_default=True, help="0 takes the likeliest token.")
 @click.option("--top-p", type=PROBABILITY, default=0.95, show_default=True, help="Sample from this much probability.")
 @click.option("--max-tokens", type=POSITIVE, default=200, show_default=True, help="Longest continuation.")
 @click.option("--seed", type=NATURAL, default=0, show_default=True, help="The same seed writes the same text.")
 @click.option("--checkpoint", type=NATURAL, metavar="STEP", help="Step of the checkpoint.  [default: the newest]")
 def generate(
-    run_folder: str,
+    source: str,
     prompt: str | None,
+    chat: bool,
+    system: str | None,
     temperature: float,
     top_p: float,
     max_tokens: int,
     seed: int,
     checkpoint: int | None,
 ):
-    """Continue a prompt with the model of RUN_FOLDER, streaming to standard output.
+    """Continue a prompt with MODEL, streaming to standard output.
 
-    A prompt from standard input is taken without its last line break.
+    MODEL is a run folder, a Hub checkpoint's folder, or a Hub name (OWNER/NAME), which is fetched. A prompt from
+    standard input is taken without its last line break.
     """
-    folder = _find_run(run_folder)
+    if system is not None and not chat:
+        raise ConfigError(f"--system={show(system)}: expected --chat with it")
+    folder = _find_model(source)
+    if checkpoint is not None and not (folder / "checkpoints").is_dir():
+        raise ConfigError(f"--checkpoint={checkpoint}: {folder} is no run folder, and has one set of weights")
     prompt = _read_prompt() if prompt in (None, "-") else prompt
+    from dsjax.hub.load import load as load_model
     from dsjax.infer.generate import stream
 
-    if sys.stdout.isatty():
+    loaded = load_model(folder, step=checkpoint, progress=sys.stderr.isatty(), say=_note)
+    if sys.stdout.isatty() and not chat:
         sys.stdout.write(prompt)  # a reader wants the whole; a pipe, what is new
-    for text in stream(
-        folder, prompt, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, step=checkpoint
-    ):
+    options = {"chat": chat, "system": system, "temperature": temperature, "top_p": top_p}
+    for text in stream(loaded, prompt, max_tokens=max_tokens, seed=seed, **options):
         sys.stdout.write(text)
         sys.stdout.flush()
     if sys.stdout.isatty():
@@ -361,6 +372,69 @@ def evaluate(run_folder: str, checkpoint: int | None, as_json: bool, changes: di
     _print_table(None, rows, right=[1])
 
 
+@cli.group(
+    cls=Dsjax,
+    short_help="Turn Hub checkpoints into runs, and back.",
+    epilog="""\b
+Examples:
+  dsjax convert import deepseek-ai/DeepSeek-V2-Lite runs/lite
+  dsjax train runs/lite --steps 100 --data.sources=notes/
+  dsjax convert export runs/lite lite-mine""",
+)
+def convert():
+    """Turn a checkpoint as it lies on the Hugging Face Hub into a run folder, and back."""
+
+
+DTYPE = click.Choice(["float32", "bfloat16"])
+
+
+@convert.command(
+    "import",
+    short_help="A run folder from a Hub checkpoint.",
+    epilog="""\b
+Examples:
+  dsjax convert import DeepSeek-V3 runs/v3
+  dsjax convert import moonshotai/Moonlight-16B-A3B runs/moonlight --dtype=float32""",
+)
+@click.argument("source", metavar="HF_FOLDER")
+@click.argument("target", metavar="OUT")
+@click.option("--dtype", type=DTYPE, help="Of the weights.  [default: the files'; bfloat16 from FP8]")
+def import_(source: str, target: str, dtype: str | None):
+    """Make the run folder OUT of HF_FOLDER, a checkpoint's folder or a Hub name (OWNER/NAME).
+
+    `dsjax generate OUT` and `dsjax train OUT` go on from it. The folder is checked whole before any weight is read, FP8
+    blocks are dequantised on the way, and memory stays at a few pieces of tensors.
+    """
+    folder = _find_model(source)
+    from dsjax.hub.convert import import_checkpoint
+
+    import_checkpoint(folder, target, dtype=dtype, say=_note)
+    click.echo(f"{target}: `dsjax generate {target}` talks to it, `dsjax train {target}` trains it further")
+
+
+@convert.command(
+    short_help="A Hub checkpoint from a run.",
+    epilog="""\b
+Examples:
+  dsjax convert export runs/tiny tiny-hf
+  dsjax convert export runs/v3/checkpoints/100 v3-mine --fp8""",
+)
+@click.argument("source", metavar="RUN")
+@click.argument("target", metavar="OUT")
+@click.option("--dtype", type=DTYPE, help="Of the weights.  [default: as imported; bfloat16]")
+@click.option("--fp8", is_flag=True, help="FP8 blocks, as the released V3 and R1.")
+@click.option("--checkpoint", type=NATURAL, metavar="STEP", help="Step of the checkpoint.  [default: the newest]")
+def export(source: str, target: str, dtype: str | None, fp8: bool, checkpoint: int | None):
+    """Write the weights of RUN, a run folder or one of its checkpoints, as a Hub checkpoint into the folder OUT.
+
+    transformers, vLLM and SGLang read it.
+    """
+    from dsjax.hub.convert import export_checkpoint
+
+    export_checkpoint(source, target, dtype=dtype, fp8_blocks=fp8, step=checkpoint, say=_note)
+    click.echo(f"{target}: a Hub checkpoint")
+
+
 def main():
     """The entry point `dsjax`."""
     for stream in (sys.stdout, sys.stderr):
@@ -394,6 +468,16 @@ def _find_run(source: str) -> Path:
     if not (path / "config.json").exists():
         raise ConfigError(f"{show(source)}: expected a run folder, and this folder has no config.json")
     return path
+
+
+def _find_model(source: str) -> Path:
+    """A run folder or Hub folder; a Hub name is fetched, unless it stands for a path whose parent exists."""
+    path = Path(source).expanduser()
+    if source and not path.exists() and (source.count("/") != 1 or path.parent.is_dir()):
+        raise ConfigError(_unknown_run(source))
+    from dsjax.hub.fetch import resolve
+
+    return resolve(source) if source and not path.is_dir() else _find_run(source)
 
 
 def _unknown_run(source: str) -> str:
@@ -439,6 +523,10 @@ def _as_typed(value: Any) -> str:
         value = float(f"{value:.6g}")
         return f"{value:g}" if value < 1e-3 or value >= 1e6 else str(value)
     return show(value)
+
+
+def _note(text: str) -> None:
+    click.echo(f"dsjax: {text}", err=True)
 
 
 def _tell_unraisable(unraisable) -> None:

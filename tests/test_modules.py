@@ -29,7 +29,9 @@ FLOORS["dsjax.posttrain"] = (*MODEL, "dsjax.infer", "dsjax.train")
 # What rooms that stand beside each other have opened to one another.
 DOORS = {
     "dsjax.train": ("dsjax.data", "dsjax.infer", "dsjax.plan"),
-    "dsjax.infer": ("dsjax.data", "dsjax.train"),
+    "dsjax.infer": ("dsjax.data", "dsjax.hub", "dsjax.train"),
+    "dsjax.hub": ("dsjax.data", "dsjax.train"),
+    "dsjax": ("dsjax.hub",),  # dsjax.load, on first use
 }
 
 

@@ -147,8 +147,8 @@ def from_hub(raw: dict[str, Any]) -> HubConfig:
     return HubConfig(from_dict(values, ModelConfig), fp8, ue8m0, raw, notes)
 
 
-def to_hub(model: ModelConfig, raw: dict[str, Any], *, fp8: bool, ue8m0: bool, dtype: str) -> dict[str, Any]:
-    """The config.json of an export, from that of the import or {}. Raises ConfigError for a model the Hub has no name for."""
+def to_hub(model: ModelConfig, raw: dict[str, Any], *, fp8: bool, ue8m0: bool, dtype: str | None) -> dict[str, Any]:
+    """The config.json of an export, from that of the import or {}. Raises ConfigError for a model it cannot name."""
     kind = raw.get("model_type")
     if kind is None:
         kind = (
@@ -181,7 +181,10 @@ def to_hub(model: ModelConfig, raw: dict[str, Any], *, fp8: bool, ue8m0: bool, d
     out["num_key_value_heads"] = model.num_attention_heads
     out.pop("auto_map", None)  # names Python files that do not travel with the weights
     rope = _rope_to_hub(model)
-    if "rope_parameters" in raw:
+    before = from_hub(raw).model if raw else None
+    if before and (before.rope_theta, before.rope_scaling) == (model.rope_theta, model.rope_scaling):
+        pass  # as they wrote it
+    elif "rope_parameters" in raw:
         out["rope_parameters"] = {"rope_theta": model.rope_theta, "rope_type": "default"} | rope
         out.pop("rope_scaling", None)
     else:
@@ -189,7 +192,8 @@ def to_hub(model: ModelConfig, raw: dict[str, Any], *, fp8: bool, ue8m0: bool, d
             "rope_theta": model.rope_theta,
             "rope_scaling": {"type": rope.pop("rope_type"), **rope} if rope else None,
         }
-    out["torch_dtype" if "dtype" not in raw else "dtype"] = dtype
+    name = "dtype" if "dtype" in raw else "torch_dtype"
+    out[name] = dtype or raw.get(name, "bfloat16")
     out.pop("quantization_config", None)
     if fp8:
         kept = raw.get("quantization_config") or {}

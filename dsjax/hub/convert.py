@@ -3,8 +3,8 @@
     import_checkpoint("DeepSeek-V2-Lite", "runs/lite")   # then: dsjax generate runs/lite, dsjax train runs/lite
     export_checkpoint("runs/lite", "out")                # then: vllm serve out
 
-What a checkpoint here cannot say of the Hub's files lies in the run's `hub/`: config.json and the tokenizer's files as
-they were, each tensor's dtype, the FP8 scales, and tensors that have no place in our model.
+What a checkpoint here cannot say of the Hub's files lies in the run's `hub/`: config.json as it was, each tensor's
+dtype, the FP8 scales, and tensors that have no place in our model.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from dsjax.hub.names import HubTensor, hub_tensors
 from dsjax.train.checkpoint import Checkpoints, has_checkpoint
 from dsjax.train.leaves import LeafFolder
 
-SIDE_FILES = (
+TEXT_FILES = (  # lie in a run folder as in a Hub folder
+    "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "tokenizer.json",
 )
 WORKERS = 2  # pieces of a tensor in flight
 Say = Callable[[str], None]
@@ -48,8 +48,8 @@ def import_checkpoint(
 ) -> None:
     """Makes the run folder `target` of a Hub folder's weights: step 0, to generate from and to train on.
 
-    dtype: float32 or bfloat16 of the weights kept; by default as in the files, and bfloat16 from FP8. Routers and norms
-    keep the files' dtype. Memory: a few pieces of tensors. Raises ConfigError (HubError) before any work for a
+    dtype: float32 of all weights, or bfloat16 of matrices but the router; by default as in the files, and bfloat16 from
+    FP8. Memory: a few pieces of tensors. Raises ConfigError (HubError) before any work for a
     folder that is not whole; on any failure `target` is left as it was.
     """
     hub = HubCheckpoint(source)
@@ -68,7 +68,7 @@ def import_checkpoint(
                 _import_leaf(hub, leaf, group, kinds[leaf], out, pool, bar)
             biases = _absent_biases(hub.model, leaves)
             for leaf, shape in biases.items():
-                out.create(leaf, shape, np.float32, shape).write(np.zeros(shape, np.float32)).result()
+                out.create(leaf, shape, np.dtype(np.float32), shape).write(np.zeros(shape, np.float32)).result()
         out.finish([*leaves, *biases])
         _keep_side(hub, folder / "hub", hub.differing_copies() if copied else [], say)
 
@@ -85,9 +85,10 @@ def export_checkpoint(
 ) -> None:
     """Writes a run's weights as a Hub folder that transformers, vLLM and SGLang read.
 
-    source: a run folder, or one of its checkpoints (run/checkpoints/100). dtype: of all matrices but the router; by
-    default as imported (bfloat16 for a model trained here). fp8_blocks: quantises what released FP8 checkpoints do; a
-    block that was not changed since its import gets its values and scale back bit for bit. Memory and errors as import.
+    source: a run folder, or one of its checkpoints (run/checkpoints/100). dtype: float32 of all, or bfloat16 of matrices;
+    by default as imported, and for a model trained here bfloat16 but for the router's bias. fp8_blocks: quantises what
+    released FP8 checkpoints do; a block unchanged since its import gets its values and scale back bit for bit. Memory and
+    errors as import.
     """
     run, step = _find_checkpoint(Path(source), step)
     config = configuration.load(run / "config.json")
@@ -114,12 +115,12 @@ def export_checkpoint(
         plan.append((t, Planned(t.name, out, t.shape), scale))
     planned = [p for _, weights, scale in plan for p in (weights, scale) if p]
     total = sum(p.n_bytes for p in planned)
-    values = to_hub(model, raw, fp8=fp8_blocks, ue8m0=hub.ue8m0, dtype=_torch_name(dtype, given))
+    values = to_hub(model, raw, fp8=fp8_blocks, ue8m0=hub.ue8m0, dtype=dtype)
     with _beside(target, total) as folder, _bar(total, "exporting", progress) as bar:
         exporter = _Exporter(leaves, scales, extra, hub.ue8m0, bar)
         rows = (piece for t, weights, scale in plan for piece in exporter.rows(t, weights, scale))
         write_shards(folder, plan_shards(planned), rows)
-        tokens = _tokenizer_files(run, side, folder, say)
+        tokens = _text_files(run, folder, made_here=not raw, say=say)
         (folder / "config.json").write_text(json.dumps(tokens | values, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -185,9 +186,9 @@ def _by_leaf(tensors: list[HubTensor]) -> dict[str, list[HubTensor]]:
 
 
 def _kept_dtype(hub: HubCheckpoint, leaf: str, group: list[HubTensor], dtype: str | None) -> np.dtype:
-    """float32 or bfloat16: the widest of the leaf's tensors; what was asked for, where it is a matrix."""
-    if dtype and group[0].n_in is not None and not leaf.endswith("router/weight"):
-        return np.dtype(dtype) if dtype == "float32" else np.dtype(ml_dtypes.bfloat16)
+    """float32 or bfloat16: what was asked for, or the widest of the leaf's tensors."""
+    if dtype == "float32" or (dtype and group[0].n_in is not None and not leaf.endswith("router/weight")):
+        return DTYPES[{"float32": "F32", "bfloat16": "BF16"}[dtype]]
     kinds = {hub.files[t.name].dtype for t in group}
     return np.dtype(ml_dtypes.bfloat16 if kinds <= {"BF16", "F8_E4M3"} else np.float32)
 
@@ -199,7 +200,7 @@ def _absent_biases(model: ModelConfig, leaves) -> dict[str, tuple[int, int]]:
 
 
 def _run_files(hub: HubCheckpoint, folder: Path, dtype: str | None, say: Say) -> None:
-    """config.json and tokenizer.json of the run."""
+    """config.json of the run, and what it needs for text."""
     raw, model = hub.config.raw, hub.model
     alpha = raw.get("aux_loss_alpha") or 0.0
     balance = BalanceConfig(sequence=alpha) if model.topk_method == "noaux_tc" else BalanceConfig(expert=alpha)
@@ -213,17 +214,15 @@ def _run_files(hub: HubCheckpoint, folder: Path, dtype: str | None, say: Say) ->
     )
     if (hub.folder / "tokenizer.json").is_file():
         Tokenizer.load(hub.folder)  # raises for a damaged one
-        shutil.copyfile(hub.folder / "tokenizer.json", folder / "tokenizer.json")
     else:
         say("tokenizer.json: not there; `dsjax generate` and `dsjax train` need one in the run folder")
+    _copy_files(hub.folder, folder)
     configuration.save(config, folder / "config.json")
 
 
 def _keep_side(hub: HubCheckpoint, side: Path, differing: list[HubTensor], say: Say) -> None:
     side.mkdir()
-    for name in ("config.json", *SIDE_FILES):
-        if (hub.folder / name).is_file():
-            shutil.copyfile(hub.folder / name, side / name)
+    shutil.copyfile(hub.folder / "config.json", side / "config.json")
     (side / "tensors.json").write_text(json.dumps({t.name: hub.files[t.name].dtype for t in hub.tensors}, indent=0))
     scales = [t.name + fp8.SUFFIX for t in hub.tensors if hub.scale(t.name)]
     for file, names in (("scales", scales), ("extra", [t.name for t in differing])):
@@ -251,30 +250,28 @@ def _copy_tensors(hub: HubCheckpoint, names: list[str], file: Path) -> None:
 def _out_dtype(t: HubTensor, given: str | None, dtype: str | None, fp8_blocks: bool) -> str:
     if fp8_blocks and t.fp8:
         return "F8_E4M3"
-    if dtype and t.n_in is not None and not t.name.endswith("mlp.gate.weight"):
-        return {"float32": "F32", "bfloat16": "BF16"}[dtype]
-    if given:
+    if dtype == "float32":
+        return "F32"
+    if given and not (dtype and t.n_in is not None):
         return "BF16" if given == "F8_E4M3" else given
     return "F32" if t.name.endswith("e_score_correction_bias") else "BF16"
 
 
-def _torch_name(dtype: str | None, given: dict[str, str]) -> str:
-    kinds = [kind for kind in given.values() if kind != "F8_E4M3"]
-    usual = {"F32": "float32", "F16": "float16"}.get(max(kinds, key=kinds.count), "bfloat16") if kinds else "bfloat16"
-    return dtype or usual
+def _copy_files(source: Path, target: Path) -> None:
+    for name in TEXT_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
-def _tokenizer_files(run: Path, side: Path, folder: Path, say: Say) -> dict:
-    """Copies or makes the tokenizer's files; returns what config.json says of its ids."""
-    for name in SIDE_FILES:
-        if (side / name).is_file():
-            shutil.copyfile(side / name, folder / name)
-    if side.is_dir() or not (run / "tokenizer.json").is_file():
-        if not (folder / "tokenizer.json").is_file():
-            say("tokenizer.json: the run has none, and the export neither")
+def _text_files(run: Path, folder: Path, made_here: bool, say: Say) -> dict:
+    """Copies the tokenizer's files, and makes those that a run of ours has not; returns its ids for config.json."""
+    _copy_files(run, folder)
+    if not (run / "tokenizer.json").is_file():
+        say("tokenizer.json: the run has none, and the export neither")
+        return {}
+    if not made_here:
         return {}
     tokenizer = Tokenizer.load(run)
-    shutil.copyfile(run / "tokenizer.json", folder / "tokenizer.json")
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     names = {name: tokenizer.backend.id_to_token(id) for name, id in ids.items()}
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}

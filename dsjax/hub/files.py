@@ -1,6 +1,6 @@
 """Folders of safetensors files: their headers checked before anything is read, slices read, shards written in a stream.
 
-The files are read and written here, and not by the safetensors library, for two reasons: it maps whole files into memory,
+The files are read and written here, not by the safetensors library, for two reasons: it maps whole files into memory,
 where a tensor's own pages are enough, and it writes a file only from tensors that are all in memory.
 """
 

@@ -6,6 +6,7 @@ dsjax.logits(model, tokens)   # [B, T] int -> [B, T, V] float32
 
 import functools
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,10 @@ class Loaded:
     def tokenizer(self) -> Tokenizer:
         """Raises ConfigError where the folder has no tokenizer.json."""
         if not (self.folder / "tokenizer.json").is_file():
-            raise ConfigError(f"{self.folder}: no tokenizer.json, which text needs (tiktoken.model is not read)")
+            raise ConfigError(
+                f"{self.folder}: tokenizer.json is missing, which text needs; `dsjax train` makes a run's again, and a "
+                "tiktoken.model is not read"
+            )
         return Tokenizer.load(self.folder)
 
 
@@ -64,8 +68,8 @@ def load(
     """The model of a Hub folder or run folder.
 
     dtype: float32 or bfloat16 of matrices and activations, by default the run's, bfloat16 for a Hub folder; routers and
-    norms are float32. mesh: of `sharding.mesh.make_mesh`, one device by default. step: of the run's checkpoint, by default
-    the newest. Each process reads only the slices that its devices hold. say: called with notes on the folder.
+    norms are float32. mesh: of `sharding.mesh.make_mesh`, one device by default. step: the run's checkpoint, the newest
+    by default. say: called with notes on the folder. Each process reads only the slices that its devices hold.
 
     Raises ConfigError (HubError) for a folder that is neither, or damaged.
     """
@@ -99,16 +103,27 @@ def logits(model: Loaded, tokens) -> np.ndarray:
         raise ConfigError(f"tokens: {tokens.min()} to {tokens.max()}; expected 0 to {cfg.vocab_size - 1}")
     if tokens.shape[1] > cfg.max_position_embeddings:
         raise ConfigError(f"tokens: {tokens.shape[1]} a row; expected at most {cfg.max_position_embeddings}")
+    b, t = tokens.shape
+    whole = [-(-n // k) * k for n, k in zip((b, t), _shards(model.mesh))]  # what the mesh divides; the rest is padding
+    rows, valid = np.zeros(whole, np.int32), np.zeros(whole, np.int32)
+    rows[:b, :t], valid[:b, :t] = tokens, 1
+    positions = np.broadcast_to(np.arange(whole[1], dtype=np.int32), whole)
     with jax.set_mesh(model.mesh):
-        positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-        arrays = (tokens.astype(np.int32), np.ones(tokens.shape, np.int32), positions)
-        batch = Batch(*(jax.device_put(a, spec("batch", "seq")) for a in arrays))
-        return np.asarray(_logits(model.model, batch, model.router_bias, model.config.compute))
+        batch = Batch(*(jax.device_put(a, spec("batch", "seq")) for a in (rows, valid, positions)))
+        return np.asarray(_logits(model.model, batch, model.router_bias, model.config.compute))[:b, :t]
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def _logits(model: DeepSeek, batch: Batch, router_bias: RouterBias, compute: ComputeConfig):
     return model.logits(model(batch, router_bias, compute).hidden)
+
+
+def _shards(mesh) -> list[int]:
+    """Parts that the mesh cuts rows and their tokens into."""
+    return [
+        math.prod(mesh.shape[axis] for axis in ([axes] if isinstance(axes, str) else axes))
+        for axes in spec("batch", "seq")
+    ]
 
 
 def _like(config: Config, mesh) -> DeepSeek:

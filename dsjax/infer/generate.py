@@ -13,16 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax import config as configuration
 from dsjax.config import ComputeConfig, Config, ConfigError
 from dsjax.data.tokenizer import Tokenizer
+from dsjax.hub.chat import ChatTemplate
+from dsjax.hub.load import Loaded, load
 from dsjax.infer.sampling import sample
 from dsjax.model.transformer import DeepSeek, unstack
 from dsjax.precision import cast_weights
 from dsjax.state import Batch, RouterBias
-from dsjax.train.checkpoint import Checkpoints, abstract_state
-from dsjax.train.folder import run_tokenizer
-from sharding.mesh import make_mesh
 from sharding.rules import spec
 
 CHUNK = 16  # tokens between two looks at the terminal
@@ -131,46 +129,51 @@ def _next(model, token, cache, ended, layers, router_bias, key, temperature, top
     return token, cache, ended, chunk, n
 
 
-class LoadedRun:
-    """A run folder ready to write text: configuration, tokenizer, weights on one device."""
-
-    def __init__(self, run_folder: Path, step: int | None = None):
-        run_folder = Path(run_folder)
-        self.config: Config = configuration.load(run_folder / "config.json")
-        self.mesh = make_mesh(jax.local_devices()[:1])
-        with Checkpoints(run_folder, read_only=True) as checkpoints:
-            self.tokenizer = run_tokenizer(run_folder)
-            state = checkpoints.restore_model(step, abstract_state(self.config, self.mesh))
-        self.model, self.router_bias = state.model, state.router_bias
-
-    def text(self, prompt: str, **options) -> Iterator[str]:
-        """The continuation of a prompt, piece by piece."""
-        with jax.set_mesh(self.mesh):
-            yield from continue_text(self.model, self.router_bias, self.tokenizer, self.config, prompt, **options)
-
-
 def continue_text(
     model: DeepSeek, router_bias: RouterBias, tokenizer: Tokenizer, config: Config, prompt: str, **options
 ) -> Iterator[str]:
     """The continuation of a prompt as text, piece by piece, up to the end of the document."""
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    model = cast_weights(model, config.compute.dtype)
-    chunks = generate_tokens(model, router_bias, [tokens], eos_id=tokenizer.eos_id, compute=config.compute, **options)
+    return _continue(model, router_bias, tokenizer, config.compute, tokens, **options)
+
+
+def _continue(
+    model: DeepSeek, router_bias: RouterBias, tokenizer: Tokenizer, compute: ComputeConfig, tokens: list[int], **options
+) -> Iterator[str]:
+    model = cast_weights(model, compute.dtype)
+    chunks = generate_tokens(model, router_bias, [tokens], eos_id=tokenizer.eos_id, compute=compute, **options)
     ids = (token for chunk in chunks for token in chunk[0].tolist())
     ended = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
     return tokenizer.decode_stream(ended)
 
 
 def stream(
-    run_folder: Path | str,
+    source: Loaded | Path | str,
     prompt: str,
     *,
+    chat: bool = False,
+    system: str | None = None,
     temperature: float = 0.7,
     top_p: float = 0.95,
     max_tokens: int = 200,
     seed: int = 0,
     step: int | None = None,
 ) -> Iterator[str]:
-    """The continuation of a prompt by the model of a run folder, piece by piece; the same for the same seed."""
-    run = LoadedRun(Path(run_folder), step)
-    yield from run.text(prompt, temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+    """The continuation of a prompt by the model of a run folder or Hub folder, piece by piece.
+
+    The same for the same seed. chat: the prompt is a user's message, put into the folder's chat template behind an
+    optional system message, and the answer follows. Raises ConfigError for what is missing in the folder, or damaged.
+    """
+    loaded = source if isinstance(source, Loaded) else load(source, step=step)
+    if chat:
+        messages = [{"role": "system", "content": system}] * (system is not None) + [
+            {"role": "user", "content": prompt}
+        ]
+        tokens = loaded.tokenizer.encode_rendered(ChatTemplate.load(loaded.folder).render(messages))
+    else:
+        tokens = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt)]
+    options = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    with jax.set_mesh(loaded.mesh):
+        yield from _continue(
+            loaded.model, loaded.router_bias, loaded.tokenizer, loaded.config.compute, tokens, **options
+        )
