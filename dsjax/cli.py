@@ -429,6 +429,8 @@ def export(source: str, target: str, dtype: str | None, fp8: bool, checkpoint: i
 
     transformers, vLLM and SGLang read it.
     """
+    if not source or not Path(source).is_dir():
+        raise ConfigError(_unknown_run(source))
     from dsjax.hub.convert import export_checkpoint
 
     export_checkpoint(source, target, dtype=dtype, fp8_blocks=fp8, step=checkpoint, say=_note)

@@ -85,10 +85,10 @@ def export_checkpoint(
 ) -> None:
     """Writes a run's weights as a Hub folder that transformers, vLLM and SGLang read.
 
-    source: a run folder, or one of its checkpoints (run/checkpoints/100). dtype: float32 of all, or bfloat16 of matrices;
-    by default as imported, and for a model trained here bfloat16 but for the router's bias. fp8_blocks: quantises what
-    released FP8 checkpoints do; a block unchanged since its import gets its values and scale back bit for bit. Memory and
-    errors as import.
+    source: a run folder, or one of its checkpoints (run/checkpoints/100). dtype: float32 of all, or bfloat16 of
+    matrices; by default as imported, and for a model trained here bfloat16 but for the router's bias. fp8_blocks:
+    quantises what released FP8 checkpoints do; a block unchanged since its import gets its values and scale back bit
+    for bit. Memory and errors as import.
     """
     run, step = _find_checkpoint(Path(source), step)
     config = configuration.load(run / "config.json")
