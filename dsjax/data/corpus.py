@@ -179,6 +179,9 @@ def _tokenizer(
     else:
         tokenizer = Tokenizer.load(Path(config.tokenizer))
     data = tokenizer.dumps().encode()
+    for name, text in tokenizer.beside().items():
+        with _replacing(folder / name) as file:
+            file.write(text.encode())
     with _replacing(path) as file:
         file.write(data)
     with _replacing(note) as file:

@@ -4,25 +4,32 @@ All three are one `Tokenizer` and one file format, the tokenizer.json of the `to
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from dsjax.config import ConfigError
+from dsjax.config import ConfigError, show
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 FIM = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")
 SPECIALS = (BOS, EOS, PAD, *FIM)  # ids 0, 1, 2 as in DeepSeek-V3
-OTHER_NAMES = {
-    BOS: ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS]", "<|endoftext|>"),
-    EOS: ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]"),
-    PAD: ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>"),
-    FIM[0]: ("<|fim_prefix|>", "<fim_prefix>"),
-    FIM[1]: ("<|fim_suffix|>", "<fim_suffix>"),
-    FIM[2]: ("<|fim_middle|>", "<fim_middle>"),
+# What the tokens are called, DeepSeek's name first.
+NAMES = {
+    "bos": (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS]", "<|endoftext|>"),
+    "eos": (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]"),
+    "pad": (PAD, "<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>"),
+    "fim_begin": (FIM[0], "<|fim_prefix|>", "<fim_prefix>"),
+    "fim_hole": (FIM[1], "<|fim_suffix|>", "<fim_suffix>"),
+    "fim_end": (FIM[2], "<|fim_middle|>", "<fim_middle>"),
+    "user": ("<｜User｜>", "<|im_user|>"),
+    "assistant": ("<｜Assistant｜>", "<|im_assistant|>"),
+    "think": ("<think>", "◁think▷"),
+    "end_think": ("</think>", "◁/think▷"),
 }
+SPECIAL_KEYS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")  # what a run folder may have
 # A word with the one sign before it; up to three digits; signs with the spaces, or the line break and the indentation,
 # after them; blank lines with the indentation. Against GPT-2's and DeepSeek-V3's, on Python sources: 9 % fewer tokens.
 WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
@@ -31,24 +38,36 @@ WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ 
 class Tokenizer:
     """Encodes text without special tokens, and decodes ids. `fim_ids` (begin, hole, end) is None where there are none.
 
+    `special_ids` has those tokens of NAMES that there are; `eos_ids` are all tokens that end a text, eos_id first.
     `text` is the same tokenizer without its control tokens, so that a text which spells one is only text.
     """
 
-    def __init__(self, backend: Backend):
-        self.backend = backend
+    def __init__(self, backend: Backend, names: Mapping[str, str] | None = None, eos_ids: Iterable[int] = ()):
+        """names: of bos_token, eos_token and pad_token, where they are not those of NAMES."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend, self.names = backend, dict(names or {})
         self.text = _without_controls(backend)
-        self.vocab_size = max(backend.get_vocab().values()) + 1
-        self.bos_id, self.eos_id, self.pad_id, *fim = (_find(backend, name) for name in SPECIALS)
-        if self.eos_id is None:
+        vocabulary = backend.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.special_ids: dict[str, int] = {}
+        for key, known in NAMES.items():
+            given = self.names.get(f"{key}_token")
+            found = [vocabulary[name] for name in (given, *known) if name in vocabulary]
+            if found:
+                self.special_ids[key] = found[0]
+        if "eos" not in self.special_ids:
             raise ConfigError(
                 f"data.tokenizer: no end-of-text token in its vocabulary; expected {EOS} or one of "
-                f"{', '.join(OTHER_NAMES[EOS])}"
+                f"{', '.join(NAMES['eos'][1:])}"
             )
-        self.bos_id = self.eos_id if self.bos_id is None else self.bos_id
-        self.pad_id = self.eos_id if self.pad_id is None else self.pad_id  # segment 0 hides it
+        self.eos_id = self.special_ids["eos"]
+        self.bos_id = self.special_ids.get("bos", self.eos_id)
+        self.pad_id = self.special_ids.get("pad", self.eos_id)  # segment 0 hides it
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys((self.eos_id, *eos_ids)))
+        fim = [self.special_ids.get(key) for key in ("fim_begin", "fim_hole", "fim_end")]
         self.fim_ids = None if None in fim else tuple(fim)
-        is_bytes = backend.get_vocab() == _bytes_vocabulary()
-        self.kind = "bytes" if is_bytes else type(backend.model).__name__.lower()
+        self.kind = "bytes" if vocabulary == _bytes_vocabulary() else type(backend.model).__name__.lower()
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -57,6 +76,10 @@ class Tokenizer:
         if self.kind == "bytes":  # the same ids, 20 times as fast
             return [[len(SPECIALS) + byte for byte in text.encode()] for text in texts]
         return [e.ids for e in self.text.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """The ids of a text in which control tokens count, as of a rendered chat template; nothing is added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, ids above the vocabulary nothing."""
@@ -78,12 +101,25 @@ class Tokenizer:
     def dumps(self) -> str:
         return self.backend.to_str(pretty=True)
 
+    def beside(self) -> dict[str, str]:
+        """File name -> content of what `load` must find beside tokenizer.json to give this tokenizer again."""
+        files = {}
+        if self.names:
+            files["tokenizer_config.json"] = json.dumps(self.names, indent=2, ensure_ascii=False) + "\n"
+        if len(self.eos_ids) > 1:
+            files["generation_config.json"] = json.dumps({"eos_token_id": self.eos_ids}) + "\n"
+        return files
+
     def save(self, path: Path) -> None:
         Path(path).write_text(self.dumps(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """The tokenizer of a run folder, or of a tokenizer.json. Raises ConfigError where there is none."""
+        """The tokenizer of a run or Hub folder, or of a tokenizer.json. Raises ConfigError where there is none.
+
+        Beside tokenizer.json, tokenizer_config.json says which tokens begin and end a text, and generation_config.json
+        or config.json what else ends it.
+        """
         file = Path(path).expanduser()
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
@@ -92,7 +128,27 @@ class Tokenizer:
             backend = Backend.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise ConfigError(f"data.tokenizer={path}: not a tokenizer.json ({error})") from None
-        return cls(backend)
+        if file.name != "tokenizer.json":
+            return cls(backend)
+        return cls(backend, special_tokens(file.parent), _eos_ids(file.parent))
+
+
+def special_tokens(folder: Path | str) -> dict[str, str]:
+    """Name -> text of the special tokens that a Hub folder names, such as "bos_token"; empty where it names none.
+
+    From tokenizer_config.json, and what is not in it from special_tokens_map.json. Raises ConfigError for a damaged
+    file.
+    """
+    tokens = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = Path(folder) / name
+        for key, value in _read_json(path).items():
+            if key in SPECIAL_KEYS:
+                content = value.get("content") if isinstance(value, dict) else value
+                if not isinstance(content, str) and value is not None:
+                    raise ConfigError(f"{path}: {key}={show(value)}: expected a text, or an object with its content")
+                tokens[key] = content
+    return {key: content for key, content in tokens.items() if content is not None}
 
 
 def bytes_tokenizer() -> Tokenizer:
@@ -140,9 +196,29 @@ def _bytes_vocabulary() -> dict[str, int]:
     return {token: id for id, token in enumerate((*SPECIALS, *_byte_letters()))}
 
 
-def _find(backend: Backend, name: str) -> int | None:
-    ids = (backend.token_to_id(n) for n in (name, *OTHER_NAMES[name]))
-    return next((i for i in ids if i is not None), None)
+def _eos_ids(folder: Path) -> list[int]:
+    """The tokens that end a text, as a Hub folder numbers them."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        given = _read_json(path).get("eos_token_id")
+        if given is not None:
+            ids = given if isinstance(given, list) else [given]
+            if not all(type(id) is int and 0 <= id < 2**31 for id in ids):
+                raise ConfigError(f"{path}: eos_token_id={show(given)}: expected a token's id, or a list of them")
+            return ids
+    return []
+
+
+def _read_json(path: Path) -> dict:
+    """The object of a JSON file, empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {show(str(error), quote=False)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected an object, got a {type(values).__name__}")
+    return values
 
 
 def _without_controls(backend: Backend) -> Backend:

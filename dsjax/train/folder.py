@@ -11,7 +11,7 @@ import jax
 
 from dsjax import config as configuration
 from dsjax.config import Config, ConfigError, show
-from dsjax.data.tokenizer import Tokenizer
+from dsjax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsjax.train.checkpoint import has_checkpoint, imported
 
 # What a run may be resumed with another value of. The rest decides which text a step sees, or the shape of the state.
@@ -94,5 +94,6 @@ def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
 def _forget_tokenizer(run_folder: Path) -> None:
     """Removes the tokenizer and tokens of a run that ended before its first checkpoint: nothing needs them."""
     if (run_folder / "data" / "tokenizer.from.json").exists():
-        (run_folder / "tokenizer.json").unlink(missing_ok=True)
+        for name in TOKENIZER_FILES:
+            (run_folder / name).unlink(missing_ok=True)
         shutil.rmtree(run_folder / "data", ignore_errors=True)

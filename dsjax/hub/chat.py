@@ -1,0 +1,202 @@
+"""Messages as the text that a model was trained on: the chat template of a Hub folder, rendered as transformers does.
+
+ChatTemplate.load(folder).render([{"role": "user", "content": "Hello"}])
+"""
+
+import json
+import threading
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.utils import Namespace
+
+from dsjax.config import ConfigError, show
+from dsjax.data.tokenizer import special_tokens
+from dsjax.hub.files import HubError, read_json
+from dsjax.hub.sandbox import Sandbox
+
+TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first two
+
+
+class ChatTemplate:
+    """A chat template: its source, the file it is from, and the special tokens by name ("bos_token").
+
+    Raises HubError for a syntax error.
+    """
+
+    def __init__(self, source: str, where: str = "chat template", tokens: Mapping[str, str] | None = None):
+        self.where, self.tokens = where, dict(tokens or {})
+        self._sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self._sandbox.filters["tojson"] = self._sandbox.metered("tojson", _tojson)
+        self._sandbox.globals |= {
+            "raise_exception": _raise,
+            "strftime_now": lambda format: datetime.now().strftime(format),
+            "dict": _Dict(),
+            "namespace": _Namespace,
+        }
+        self._one_at_a_time = threading.Lock()  # the sandbox counts for one rendering
+        try:
+            self._template = self._sandbox.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise HubError(f"{where}: line {error.lineno}: {_line(error.message)}") from None
+        except Exception as error:  # nested too deep, and the like
+            raise HubError(f"{where}: no template: {type(error).__name__}: {_line(error)}") from None
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "ChatTemplate":
+        """The template of a Hub folder. Raises HubError where there is none, or where it is damaged."""
+        folder = Path(folder)
+        source, where = _find(folder)
+        try:
+            return cls(source, where, special_tokens(folder))
+        except HubError:
+            raise
+        except ConfigError as error:
+            raise HubError(str(error)) from None
+
+    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables) -> str:
+        """The text of a conversation, with the start of the assistant's turn at its end.
+
+        Variables (tools, documents, thinking, ...) are the template's own; those that are special tokens replace them.
+        Raises HubError for messages that are none, or that the template does not take, and for a harmful template.
+        """
+        given = {"tools": None, "documents": None, **self.tokens, **variables}
+        given = {name: _plain(value) for name, value in given.items()}
+        values = given | {"messages": _checked(messages), "add_generation_prompt": add_generation_prompt}
+        try:
+            with self._one_at_a_time:
+                self._sandbox.start()
+                return self._template.render(values)
+        except _Refused as error:
+            raise HubError(f"{self.where} refuses these messages: {_line(error)}") from None
+        except jinja2.exceptions.SecurityError as error:
+            raise HubError(f"{self.where} does what no chat template should: {_line(error)}") from None
+        except Exception as error:  # a template can raise anything
+            raise HubError(f"{self.where} fails on these messages: {type(error).__name__}: {_line(error)}") from None
+
+
+class _Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, which marks what a model wrote for training elsewhere, is only text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller):
+        return caller()
+
+
+class _Dict:
+    """`dict` without the attributes of the class."""
+
+    def __call__(self, *args, **kwargs):
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args, **kwargs):
+        return dict.fromkeys(*args, **kwargs)
+
+
+class _Namespace(Namespace):
+    """`namespace`, whose names do not begin with an underscore: those are Python's."""
+
+    def __init__(*args, **kwargs):
+        self, args = args[0], args[1:]
+        values = dict(*args, **kwargs)
+        for name in values:
+            _check_name(name)
+        Namespace.__init__(self, values)
+
+    def __setitem__(self, name, value):
+        _check_name(name)
+        Namespace.__setitem__(self, name, value)
+
+
+class _Refused(jinja2.TemplateError):
+    """What a template raises by itself."""
+
+
+def _raise(message):
+    raise _Refused(str(message))
+
+
+def _check_name(name) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"namespace.{name}: a name that begins with an underscore")
+
+
+def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _find(folder: Path) -> tuple[str, str]:
+    """The template's source and where it is from."""
+    if not folder.is_dir():
+        raise HubError(f"{folder}: no such folder")
+    path = folder / TEMPLATE
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError as error:
+            raise HubError(f"{path}: not UTF-8: {error}") from None
+    path = folder / CONFIG
+    given = read_json(str(path), path.read_bytes()).get("chat_template") if path.is_file() else None
+    where = f"{path}: chat_template"
+    if given is None:
+        raise HubError(f"{folder}: no chat template; looked for {TEMPLATE}, and for chat_template in {CONFIG}")
+    if isinstance(given, str):
+        return given, where
+    if not isinstance(given, list) or not all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in given):
+        raise HubError(f"{where}={show(given)}: expected a text, or a list of name and template")
+    named = {entry["name"]: entry.get("template") for entry in given}
+    if not isinstance(named.get("default"), str):
+        raise HubError(f"{where}: no template named default; there are {show(list(named))}")
+    return named["default"], where
+
+
+def _checked(messages) -> list[dict[str, Any]]:
+    """Messages as templates expect them. Raises HubError."""
+    expected = 'expected {"role": ..., "content": ...}'
+    if not isinstance(messages, list | tuple) or not messages:
+        raise HubError(f"messages={show(messages)}: expected a list of one or more, each of them {expected[9:]}")
+    checked = []
+    for i, message in enumerate(messages):
+        good = isinstance(message, Mapping) and isinstance(message.get("role"), str)
+        if not good or ("content" not in message and not message.get("tool_calls")):
+            raise HubError(f"messages[{i}]={show(message)}: {expected}")
+        if not isinstance(message.get("content"), str | list | tuple | None):
+            raise HubError(f"messages[{i}].content={show(message['content'])}: expected a text, or a list of parts")
+        # Programs send tool_calls=None and the like, and templates ask whether the name is there. Of content,
+        # DeepSeek's templates ask whether it is none.
+        message = {name: _plain(value) for name, value in message.items() if value is not None}
+        message.setdefault("content", None)
+        reasoning = next((message[name] for name in _REASONING if name in message), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        checked.append(message)
+    return checked
+
+
+def _plain(value):
+    """The value out of JSON's types alone, so that a template has no other object's methods in its hands."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return str.__str__(value)
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return None if value is None else f"<{type(value).__name__}>"
+
+
+def _line(text) -> str:
+    return show(" ".join(str(text).split()), quote=False) or "no reason given"
