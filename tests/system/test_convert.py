@@ -83,7 +83,7 @@ def test_it_is_trained_further_and_handed_back(imported, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(imported, mine)
     (tmp_path / "notes.txt").write_text("def return self\n" * 200)
-    options = ("--quiet", "--steps=2", "--seq-len=16", "--batch-size=2", f"--data.sources={tmp_path / 'notes.txt'}")
+    options = ("--quiet", "--steps=2", "--seq-len=16", "--batch-size=8", f"--data.sources={tmp_path / 'notes.txt'}")
     result = run("train", mine, *options, "--optimizer.warmup-steps=0", "--optimizer.peak-lr=0.01")
     assert f"starting from the weights in {mine}" in result.output
     rows = [json.loads(line) for line in (mine / "metrics.jsonl").read_text().splitlines()]
