@@ -119,6 +119,12 @@ def test_other_templates_are_rendered_as_by_transformers(theirs, source, talk):
         )
 
 
+def test_deepseeks_conversation_in_full(deepseek):
+    text = ChatTemplate.load(deepseek).render([{"role": "system", "content": "S"}, USER, ANSWER, USER])
+    asked = f"<｜User｜>{USER['content']}<｜Assistant｜>"
+    assert text == f"<｜begin▁of▁sentence｜>S{asked}\n\nGut.<｜end▁of▁sentence｜>{asked}"
+
+
 def test_a_rendered_conversation_has_the_tokens_of_transformers(deepseek, theirs, tokenizer):
     template = ChatTemplate.load(deepseek)
     for talk in TALKS.values():
