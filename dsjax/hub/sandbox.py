@@ -2,7 +2,8 @@
 
 jinja2's sandbox keeps a template from Python's insides and from `range` of more than 100,000, and bounds nothing else:
 nested loops run for ever, and 'x' * 10**10 fills the memory. Here each turn of a loop, each call and each filter looks
-at the clock, and each text made is counted, before it is made where one step can make it large.
+at the clock, and each text made is counted, before it is made where one step can make it large. One step is not
+interrupted: a template whose author means harm can still find a slow one, such as == of lists nested in lists.
 """
 
 import functools
