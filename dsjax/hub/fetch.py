@@ -24,9 +24,9 @@ def resolve(source: Path | str) -> Path:
     """
     try:
         path = Path(source).expanduser()
-        if path.is_dir():
+        if str(source) and path.is_dir():
             return path
-        exists = path.exists()
+        exists = path.is_file()
     except (OSError, ValueError, RuntimeError):  # too long a name, a zero byte, no home
         path, exists = Path(), False
     if exists:

@@ -2,7 +2,8 @@
 
 jinja2's sandbox keeps a template from Python's insides and from `range` of more than 100,000, and bounds nothing else:
 nested loops run for ever, and 'x' * 10**10 fills the memory. Here each turn of a loop, each call and each filter looks
-at the clock, and each text made is counted, before it is made where one step can make it large.
+at the clock, and each text made is counted, before it is made where one step can make it large. One step is not
+interrupted: a template whose author means harm can still find a slow one, such as == of lists nested in lists.
 """
 
 import functools
@@ -127,9 +128,11 @@ def _most(name: str, values: list) -> int:
     text, *others = values
     sizes = [value if _whole(value) else _size(value) for value in others]
     if name in ("format", "format_map"):
-        fields = text.count("%") + text.count("{") if isinstance(text, str) else 1
-        widths = [int(digits[:20]) for digits in re.findall(r"\d{5,}", str(text))]
-        return len(text) + fields * max([*sizes, *widths], default=0)
+        text = str(text)
+        widths = [int(digits[:20]) for digits in re.findall(r"\d{5,}", text)]
+        if re.search(r"\*|\{[^{}]*\{", text):  # widths that are values: "%*d" and "{:>{n}}"
+            widths += _numbers(others)
+        return len(text) + (text.count("%") + text.count("{")) * max([*map(_size, others), *widths], default=0)
     if name == "replace" and len(others) > 1 and isinstance(text, str) and isinstance(others[0], str):
         return len(text) + text.count(others[0]) * sizes[1]
     if name == "join":
@@ -150,3 +153,12 @@ def _size(value, limit: int = CHARACTERS) -> int:
             break
         size += _size(item, limit - size)
     return size
+
+
+def _numbers(value) -> list[int]:
+    """The numbers of a value and of what it holds, to a depth of three."""
+    found = [value]
+    for _ in range(3):
+        found += [item for v in found if isinstance(v, dict) for item in v.values()]
+        found = [item for v in found for item in (v if isinstance(v, list | tuple) else [v])]
+    return [number for number in found if _whole(number)]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data.corpus import survey_sources
 from dsjax.data.pipeline import TrainRows, batches, heldout_rows, load_corpus
+from dsjax.data.tokenizer import PAD, Tokenizer
 
 T = 32
 
@@ -214,6 +215,18 @@ def test_a_corpus_of_bytes_or_of_an_existing_tokenizer(texts, corpus, run_folder
         assert other.heldout_text == corpus.heldout_text and other.facts["vocab_size"] == size
         assert other.tokenizer.decode(other.train[0]) == corpus.tokenizer.decode(corpus.train[0])
         assert same(load_corpus(config, size, folder, progress=False), other)
+
+
+def test_a_run_keeps_what_the_folder_of_its_tokenizer_says(texts, run_folder, tmp_path):
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    shutil.copyfile(run_folder / "tokenizer.json", hub / "tokenizer.json")
+    (hub / "tokenizer_config.json").write_text(json.dumps({"eos_token": PAD}), "utf-8")
+    (hub / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 5]}), "utf-8")
+    config = DataConfig(sources=(str(texts),), heldout_fraction=0.1, tokenizer=str(hub))
+    first, again = (load_corpus(config, 320, tmp_path / "run", progress=False) for _ in range(2))
+    for tokenizer in (first.tokenizer, again.tokenizer, Tokenizer.load(tmp_path / "run")):
+        assert tokenizer.eos_id == 2 and tokenizer.eos_ids == (2, 1, 5)
 
 
 def test_a_large_corpus_trains_its_tokenizer_on_a_part(texts, corpus, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import models
+from tokenizers import models, processors
 
 from dsjax.config import ConfigError
 from dsjax.data.tokenizer import FIM, SPECIALS, Tokenizer, bytes_tokenizer, check_vocabulary, train_bpe
@@ -93,6 +93,127 @@ def test_control_tokens_not_marked_special_are_not_encoded_and_text_ones_are(tmp
     assert tokenizer.bos_id == tokenizer.eos_id == 32 and tokenizer.fim_ids == (33, 34, 35)
     assert not set(tokenizer.encode(f"a<|endoftext|>{FIM[0]}")) & {32, 33}
     assert tokenizer.encode("a  b") == [0, 36, 1]
+
+
+def hub_folder(folder, added: list[str], **files):
+    """A folder of a tokenizer.json and the files that say more, each of them JSON values or a text."""
+    other_tokenizer(folder / "tokenizer.json", added)
+    for name, values in files.items():
+        (folder / f"{name}.json").write_text(values if isinstance(values, str) else json.dumps(values), "utf-8")
+    return folder
+
+
+def test_a_folders_files_say_which_tokens_begin_and_end_a_text(tmp_path):
+    names = ["<s>", "</s>", "<begin>", "<stop>", "<turn>"]  # 32 to 36
+    config = {"bos_token": "<begin>", "eos_token": {"content": "<stop>", "lstrip": False}, "pad_token": None}
+    folder = hub_folder(tmp_path, names, tokenizer_config=config)
+    tokenizer = Tokenizer.load(folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (34, 35, 35)
+    assert tokenizer.special_ids == {"bos": 34, "eos": 35} and tokenizer.eos_ids == (35,)
+    assert Tokenizer.load(folder / "tokenizer.json").eos_id == 35
+    hub_folder(folder, names, tokenizer_config=config | {"eos_token": "<none>", "pad_token": "<turn>"})
+    tokenizer = Tokenizer.load(folder)
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (33, 36)  # what is not in the vocabulary is no name
+    hub_folder(folder, names, tokenizer_config={}, special_tokens_map={"bos_token": "<begin>"})
+    assert Tokenizer.load(folder).bos_id == 34
+    other_tokenizer(folder / "alone.json", names)
+    assert Tokenizer.load(folder / "alone.json").bos_id == 32
+
+
+def test_a_text_can_end_in_several_ways(tmp_path):
+    names = ["<s>", "</s>", "<turn>"]
+    folder = hub_folder(tmp_path, names, generation_config={"eos_token_id": [34, 33]}, config={"eos_token_id": 32})
+    assert Tokenizer.load(folder).eos_ids == (33, 34)
+    hub_folder(folder, names, generation_config={})
+    assert Tokenizer.load(folder).eos_ids == (33, 32)
+    hub_folder(folder, names, generation_config={"eos_token_id": 34})
+    assert Tokenizer.load(folder).eos_ids == (33, 34)
+    for name in ("generation_config.json", "config.json"):
+        (folder / name).unlink()
+    assert Tokenizer.load(folder).eos_ids == (33,) == (Tokenizer.load(folder).eos_id,)
+
+
+def test_the_tokens_of_a_conversation_are_known_by_name(tmp_path):
+    names = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "[BOS]", "[EOS]", *FIM]
+    ids = dict(
+        zip(
+            ("user", "assistant", "think", "end_think", "bos", "eos", "fim_begin", "fim_hole", "fim_end"), range(32, 41)
+        )
+    )
+    tokenizer = Tokenizer.load(other_tokenizer(tmp_path / "t.json", names))
+    assert tokenizer.special_ids == ids and tokenizer.fim_ids == (38, 39, 40)
+    other = Tokenizer.load(other_tokenizer(tmp_path / "t.json", ["[EOS]", "<|im_user|>", "<|im_assistant|>"]))
+    assert other.special_ids == {"eos": 32, "user": 33, "assistant": 34} and other.bos_id == 32
+    assert KINDS["bytes"].special_ids == dict(zip(("bos", "eos", "pad", "fim_begin", "fim_hole", "fim_end"), range(6)))
+
+
+@kinds
+def test_control_tokens_count_in_a_rendered_text(tokenizer):
+    text = f"{SPECIALS[0]}a{SPECIALS[1]}\n{FIM[0]}"
+    assert tokenizer.encode_rendered(text) == [0, *tokenizer.encode("a"), 1, *tokenizer.encode("\n"), 3]
+    assert tokenizer.encode_rendered(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    assert tokenizer.decode(tokenizer.encode_rendered(text), skip_special=False) == text
+
+
+def test_a_rendered_text_is_neither_cut_nor_filled_nor_begun(tmp_path):
+    backend = Backend.from_file(str(other_tokenizer(tmp_path / "t.json", ["<s>", "</s>"])))
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 32), ("</s>", 33)])
+    backend.save(str(tmp_path / "t.json"))
+    tokenizer = Tokenizer.load(tmp_path / "t.json")
+    assert tokenizer.encode_rendered("abc</s>") == [0, 1, 2, 33] and tokenizer.encode("abc") == [0, 1, 2]
+
+
+def test_a_tokenizer_of_several_files_is_kept_whole(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    config = {"bos_token": "<begin>", "eos_token": "<stop>"}
+    names = ["<s>", "</s>", "<begin>", "<stop>"]
+    first = Tokenizer.load(
+        hub_folder(tmp_path / "a", names, tokenizer_config=config, config={"eos_token_id": [33, 35]})
+    )
+    first.save(tmp_path / "b" / "tokenizer.json")
+    for name, text in first.beside().items():
+        (tmp_path / "b" / name).write_text(text, "utf-8")
+    again = Tokenizer.load(tmp_path / "b")
+    assert (
+        (again.bos_id, again.eos_id, again.eos_ids) == (first.bos_id, first.eos_id, first.eos_ids) == (34, 35, (35, 33))
+    )
+    assert KINDS["bpe"].beside() == {} == Tokenizer.load(other_tokenizer(tmp_path / "t.json", names)).beside()
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"tokenizer_config": "{"}, r"tokenizer_config.json: not JSON: Expecting property name"),
+        ({"tokenizer_config": "[1]"}, r"tokenizer_config.json: expected an object, got a list"),
+        (
+            {"tokenizer_config": "\ud800".encode("utf-8", "surrogatepass")},
+            r"tokenizer_config.json: not JSON: 'utf-8' codec",
+        ),
+        ({"tokenizer_config": "[" * 99999}, r"tokenizer_config.json: not JSON: "),
+        ({"tokenizer_config": {"eos_token": 1}}, r"eos_token=1: expected a text, or an object with its content"),
+        ({"tokenizer_config": {"eos_token": {"a": 1}}}, r"eos_token=\{'a': 1\}: expected a text, or an object"),
+        ({"special_tokens_map": {"bos_token": []}}, r"special_tokens_map.json: bos_token=.*: expected a text, or"),
+        ({"generation_config": {"eos_token_id": "1"}}, r"eos_token_id=1: expected a token's id, or a list of them"),
+        ({"generation_config": {"eos_token_id": [1, -1]}}, r"eos_token_id=1,-1: expected a token's id, or a list"),
+        ({"generation_config": {"eos_token_id": True}}, r"eos_token_id=true: expected a token's id, or a list"),
+        ({"config": "?"}, r"config.json: not JSON: Expecting value"),
+    ],
+)
+def test_what_is_wrong_beside_a_tokenizer_is_said_in_one_line(tmp_path, files, message):
+    hub_folder(tmp_path, ["</s>"])
+    for name, values in files.items():
+        text = (
+            values
+            if isinstance(values, bytes)
+            else (values if isinstance(values, str) else json.dumps(values)).encode()
+        )
+        (tmp_path / f"{name}.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_what_is_wrong_with_a_tokenizer_is_said(tmp_path):
