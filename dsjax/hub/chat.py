@@ -4,7 +4,6 @@ ChatTemplate.load(folder).render([{"role": "user", "content": "Hello"}])
 """
 
 import json
-import threading
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
-from jinja2.utils import Namespace
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from dsjax.config import ConfigError, show
 from dsjax.data.tokenizer import special_tokens
 from dsjax.hub.files import HubError, read_json
-from dsjax.hub.sandbox import Sandbox
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first two
@@ -31,17 +29,14 @@ class ChatTemplate:
 
     def __init__(self, source: str, where: str = "chat template", tokens: Mapping[str, str] | None = None):
         self.where, self.tokens = where, dict(tokens or {})
-        self._sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self._sandbox.filters["tojson"] = self._sandbox.metered("tojson", _tojson)
-        self._sandbox.globals |= {
-            "raise_exception": _raise,
-            "strftime_now": lambda format: datetime.now().strftime(format),
-            "dict": _Dict(),
-            "namespace": _Namespace,
-        }
-        self._one_at_a_time = threading.Lock()  # the sandbox counts for one rendering
+        sandbox = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        sandbox.filters["tojson"] = _tojson
+        sandbox.globals["raise_exception"] = _raise
+        sandbox.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
         try:
-            self._template = self._sandbox.from_string(source)
+            self._template = sandbox.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise HubError(f"{where}: line {error.lineno}: {_line(error.message)}") from None
         except Exception as error:  # nested too deep, and the like
@@ -63,15 +58,13 @@ class ChatTemplate:
         """The text of a conversation, with the start of the assistant's turn at its end.
 
         Variables (tools, documents, thinking, ...) are the template's own; those that are special tokens replace them.
-        Raises HubError for messages that are none, or that the template does not take, and for a harmful template.
+        Raises HubError for messages that are none or that the template does not take, and for what the sandbox forbids.
         """
         given = {"tools": None, "documents": None, **self.tokens, **variables}
         given = {name: _plain(value) for name, value in given.items()}
         values = given | {"messages": _checked(messages), "add_generation_prompt": add_generation_prompt}
         try:
-            with self._one_at_a_time:
-                self._sandbox.start()
-                return self._template.render(values)
+            return self._template.render(values)
         except _Refused as error:
             raise HubError(f"{self.where} refuses these messages: {_line(error)}") from None
         except jinja2.exceptions.SecurityError as error:
@@ -94,42 +87,12 @@ class _Generation(Extension):
         return caller()
 
 
-class _Dict:
-    """`dict` without the attributes of the class."""
-
-    def __call__(self, *args, **kwargs):
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args, **kwargs):
-        return dict.fromkeys(*args, **kwargs)
-
-
-class _Namespace(Namespace):
-    """`namespace`, whose names do not begin with an underscore: those are Python's."""
-
-    def __init__(*args, **kwargs):
-        self, args = args[0], args[1:]
-        values = dict(*args, **kwargs)
-        for name in values:
-            _check_name(name)
-        Namespace.__init__(self, values)
-
-    def __setitem__(self, name, value):
-        _check_name(name)
-        Namespace.__setitem__(self, name, value)
-
-
 class _Refused(jinja2.TemplateError):
     """What a template raises by itself."""
 
 
 def _raise(message):
     raise _Refused(str(message))
-
-
-def _check_name(name) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"namespace.{name}: a name that begins with an underscore")
 
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

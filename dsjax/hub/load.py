@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dsjax import config as configuration
 from dsjax.config import ComputeConfig, Config, ConfigError, replace, show
-from dsjax.data.tokenizer import Tokenizer
+from dsjax.data.tokenizer import Tokenizer, check_vocabulary
 from dsjax.hub.checkpoint import HubCheckpoint
 from dsjax.hub.config import is_hub_folder
 from dsjax.hub.names import HubTensor
@@ -53,7 +53,9 @@ class Loaded:
                 f"{self.folder}: tokenizer.json is missing, which text needs; `dsjax train` makes a run's again, and a "
                 "tiktoken.model is not read"
             )
-        return Tokenizer.load(self.folder)
+        tokenizer = Tokenizer.load(self.folder)
+        check_vocabulary(str(self.folder / "tokenizer.json"), self.config.model.vocab_size, tokenizer)
+        return tokenizer
 
 
 def load(
