@@ -1,5 +1,6 @@
 """The small parts: one weight, n modules as one, RMSNorm, SwiGLU."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -8,7 +9,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from sharding.rules import spec
+from sharding.rules import as_rows, as_tokens, spec
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], names: tuple[str | None, ...], std: float = 0.0) -> nnx.Param:
@@ -20,6 +21,18 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], names: tuple[str | None, ...],
 def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
     """n modules as one: every leaf gains a leading [n] axis, ready for `jax.lax.scan`."""
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), n))
+
+
+def linear(x: Float[Array, "B T *K"], w: Float[Array, "*W"], name: str | None = None) -> Float[Array, "B T *N"]:
+    """x times w [*K, *N], summed over all axes of x but batch and sequence; `name` is what the first of *N is.
+
+    Tokens are rows of one matrix here: where batch and sequence are two axes, XLA:CPU makes the weights' gradients
+    from transposed copies.
+    """
+    n = x.ndim - 2
+    rows, matrix = as_rows(x), w.reshape(math.prod(w.shape[:n]), -1)
+    layout = jax.P(jax.typeof(rows).sharding.spec[0], *spec(name))
+    return as_tokens(jnp.einsum("nk,km->nm", rows, matrix, out_sharding=layout), x, *w.shape[n:])
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
@@ -50,6 +63,6 @@ class SwiGLU(nnx.Module):
         self.w_down = param(rngs, (f, d), ("ff", "embed"), std)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = checkpoint_name(jnp.einsum("btd,df->btf", x, self.w_gate), "mlp_gate")
-        up = checkpoint_name(jnp.einsum("btd,df->btf", x, self.w_up), "mlp_up")
-        return jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, self.w_down, out_sharding=spec("batch", "seq", None))
+        gate = checkpoint_name(linear(x, self.w_gate[...], "ff"), "mlp_gate")
+        up = checkpoint_name(linear(x, self.w_up[...], "ff"), "mlp_up")
+        return linear(jax.nn.silu(gate) * up, self.w_down[...])

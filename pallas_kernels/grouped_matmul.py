@@ -1,14 +1,17 @@
 """Grouped matmul: rows sorted by expert, each multiplied by its own expert's weights.
 
 `grouped_matmul` is the public function, `reference` its definition, `tiles` the one that XLA:CPU runs fast.
+`grouped_swiglu` is three of them with SwiGLU between, which "tiles" runs in one walk over the rows.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 IMPLEMENTATION_BY_PLATFORM = {"cpu": "tiles", "tpu": "ragged_dot", "gpu": "ragged_dot"}
@@ -29,11 +32,42 @@ def grouped_matmul(
 
     implementation: "auto" (by platform), "tiles", "ragged_dot" or "reference"; any other name raises ValueError.
     """
+    return IMPLEMENTATIONS[_chosen(implementation)](x, w, group_sizes)
+
+
+def _chosen(implementation: str) -> str:
     if implementation == "auto":
-        implementation = IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
+        return IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
-    return IMPLEMENTATIONS[implementation](x, w, group_sizes)
+    return implementation
+
+
+def grouped_swiglu(
+    x: Float[Array, "M D"],
+    row_weights: Float[Array, "M"],
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
+    group_sizes: Int[Array, "E"],
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "M D"]:
+    """Each row through the SwiGLU of its expert, times the row's weight; groups as in `grouped_matmul`.
+
+    For jax.checkpoint the products with w_gate and w_up are named "mlp_gate" and "mlp_up".
+    """
+    if _chosen(implementation) == "tiles":
+        return _tiles_swiglu(x, row_weights[:, None], w_gate, w_up, w_down, group_sizes)
+    matmul = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
+    gate = checkpoint_name(matmul(x, w_gate), "mlp_gate")
+    up = checkpoint_name(matmul(x, w_up), "mlp_up")
+    return matmul(_weighted_swiglu(gate, up, row_weights[:, None]).astype(x.dtype), w_down)
+
+
+def _weighted_swiglu(gate, up, row_weights):
+    # The router's weight goes in here: F numbers a row, where the output has D.
+    return jax.nn.silu(gate) * up * row_weights
 
 
 def reference(x: Float[Array, "M K"], w: Float[Array, "E K N"], group_sizes: Int[Array, "E"]) -> Float[Array, "M N"]:
@@ -84,9 +118,7 @@ def _rows_times_weights(x, w, group_sizes, transposed):
         return _slice(w, expert, 1)[0], y
 
     def tile(w_expert, y, rows: Rows):
-        new = _encode(lax.dot_general(rows.of(x), w_expert, contract), x.dtype)
-        old = lax.dynamic_slice_in_dim(y, rows.first, rows.size)
-        return lax.dynamic_update_slice_in_dim(y, rows.select(new, old), rows.first, 0)
+        return rows.put(y, lax.dot_general(rows.of(x), w_expert, contract), x.dtype)
 
     def end(expert, y, y_after):
         return y_after
@@ -111,6 +143,69 @@ def _rows_times_rows(x, dy, group_sizes, dtype):
     return lax.bitcast_convert_type(_fold_groups(begin, tile, end, dw, group_sizes, x.shape[0]), dtype)
 
 
+@jax.custom_vjp
+def _tiles_swiglu(x, row_weights, w_gate, w_up, w_down, group_sizes):
+    return _swiglu_walk(x, row_weights, (w_gate, w_up, w_down), group_sizes, keep=False)[-1]
+
+
+def _tiles_swiglu_forward(x, row_weights, w_gate, w_up, w_down, group_sizes):
+    weights = w_gate, w_up, w_down
+    gate, up, y = _swiglu_walk(x, row_weights, weights, group_sizes, keep=True)
+    gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
+    return y, (x, row_weights, weights, gate, up, group_sizes)
+
+
+def _swiglu_walk(x, row_weights, weights, group_sizes, keep):
+    """What leaves the experts, after what w_gate and w_up give if that is to be kept."""
+    zeros = [jnp.zeros((x.shape[0], w.shape[2]), _bits(x.dtype)) for w in (weights if keep else weights[2:])]
+
+    def begin(expert, done):
+        return [_slice(w, expert, 1)[0] for w in weights], done
+
+    def tile(fixed, done, rows: Rows):
+        gate, up = (_round(rows.of(x) @ w, x.dtype) for w in fixed[:2])
+        h = _round(_weighted_swiglu(gate, up, rows.of(row_weights)), x.dtype)
+        new = (gate, up, h @ fixed[2])[-len(done) :]
+        return [rows.put(a, n, x.dtype) for a, n in zip(done, new, strict=True)]
+
+    def end(expert, done, inner):
+        return inner
+
+    done = _fold_groups(begin, tile, end, zeros, group_sizes, x.shape[0])
+    return [lax.bitcast_convert_type(a, x.dtype) for a in done]
+
+
+def _tiles_swiglu_backward(residuals, dy):
+    x, row_weights, weights, gate, up, group_sizes = residuals
+    of_rows = [jnp.zeros(a.shape, _bits(a.dtype)) for a in (x, row_weights)]
+    of_experts = [jnp.zeros(w.shape, _bits(w.dtype)) for w in weights]
+
+    def begin(expert, done):
+        fixed = [_slice(w, expert, 1)[0] for w in weights]
+        return fixed, (done[0], [jnp.zeros_like(w) for w in fixed])
+
+    def tile(fixed, inner, rows: Rows):
+        own = (rows.select(rows.of(a), 0) for a in (x, dy, gate, up, row_weights))
+        x_tile, dy_tile, *factors = own
+        h, pull = jax.vjp(_weighted_swiglu, *factors)
+        dgate, dup, dweights = pull(dy_tile @ fixed[2].T)
+        dx = dgate @ fixed[0].T + dup @ fixed[1].T
+        of_rows = [rows.put(a, new, to.dtype) for a, new, to in zip(inner[0], (dx, dweights), (x, row_weights))]
+        pairs = (x_tile, dgate), (x_tile, dup), (h, dy_tile)
+        return of_rows, [dw + jnp.einsum("mk,mn->kn", *pair) for dw, pair in zip(inner[1], pairs)]
+
+    def end(expert, done, inner):
+        put = lax.dynamic_update_index_in_dim
+        return inner[0], [put(a, _encode(dw, w.dtype), expert, 0) for a, dw, w in zip(done[1], inner[1], weights)]
+
+    done = _fold_groups(begin, tile, end, (of_rows, of_experts), group_sizes, x.shape[0])
+    of = x, row_weights, *weights
+    return *(lax.bitcast_convert_type(a, to.dtype) for a, to in zip((*done[0], *done[1]), of)), None
+
+
+_tiles_swiglu.defvjp(_tiles_swiglu_forward, _tiles_swiglu_backward)
+
+
 def _bits(dtype) -> jnp.dtype:
     """What the loops slice and update arrays of dtype as: integers for bf16.
 
@@ -121,6 +216,11 @@ def _bits(dtype) -> jnp.dtype:
 
 def _encode(x: jax.Array, dtype) -> jax.Array:
     return lax.bitcast_convert_type(x.astype(dtype), _bits(dtype))
+
+
+def _round(x: jax.Array, dtype) -> jax.Array:
+    """x, float32, to what it is in dtype."""
+    return x.astype(dtype).astype(jnp.float32)
 
 
 def _slice(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
@@ -139,6 +239,11 @@ class Rows:
 
     def of(self, x):
         return _slice(x, self.first, self.size)
+
+    def put(self, y, new, dtype):
+        """y, whose bits are those of dtype, with this tile's rows new."""
+        old = lax.dynamic_slice_in_dim(y, self.first, self.size)
+        return lax.dynamic_update_slice_in_dim(y, self.select(_encode(new, dtype), old), self.first, 0)
 
     def select(self, mine, others):
         return mine if self.own is None else jnp.where(self.own[:, None], mine, others)

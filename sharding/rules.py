@@ -29,6 +29,32 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.reshard(x, spec(*names))
 
 
+def as_rows(x: jax.Array) -> jax.Array:
+    """[B, T, H, *F] as [B * T, H * F]: each device lines up the tokens that it has, nothing is sent."""
+    batch, seq, *features = jax.typeof(x).sharding.spec
+
+    def local(x):
+        return x.reshape(x.shape[0] * x.shape[1], -1)
+
+    return jax.shard_map(local, in_specs=P(batch, seq, *features), out_specs=P(_together(batch, seq), features[0]))(x)
+
+
+def as_tokens(rows: jax.Array, like: jax.Array, *features: int) -> jax.Array:
+    """`as_rows` undone: rows as [B, T, *features], with the tokens where those of `like` [B, T, ...] are."""
+    layout = jax.typeof(like).sharding
+    (batch, seq), (b, t) = layout.spec[:2], layout.shard_shape(like.shape)[:2]
+    over = jax.typeof(rows).sharding.spec
+
+    def local(rows):
+        return rows.reshape(b, t, -1, *features[1:])
+
+    return jax.shard_map(local, in_specs=over, out_specs=P(batch, seq, over[1]))(rows)
+
+
+def _together(*axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return tuple(name for a in axes if a for name in ((a,) if isinstance(a, str) else a))
+
+
 def shard_shape(shape: tuple[int, ...], names: tuple[str | None, ...], mesh) -> tuple[int, ...]:
     """Shape of one device's part of an array. Raises ValueError where a dimension does not divide."""
     return jax.NamedSharding(mesh, spec(*names)).shard_shape(shape)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import ModelConfig
 from dsjax.model.attention import attend
 from dsjax.model.rope import apply_rope, softmax_scale
-from dsjax.nn import RMSNorm, param
+from dsjax.nn import RMSNorm, linear, param
 from dsjax.state import KVCache, LatentCache
 from sharding.rules import constrain, spec
 
@@ -24,7 +24,7 @@ class Query(nnx.Module):
         self.wq = param(rngs, shape, ("embed", "heads", None), cfg.initializer_range)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
-        return jnp.einsum("btd,dhk->bthk", x, self.wq)
+        return linear(x, self.wq[...], "heads")
 
 
 class CompressedQuery(nnx.Module):
@@ -37,8 +37,8 @@ class CompressedQuery(nnx.Module):
         self.wq_b = param(rngs, (c, cfg.num_attention_heads, cfg.qk_head_dim), ("latent", "heads", None), std)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
-        latent = checkpoint_name(jnp.einsum("btd,dc->btc", x, self.wq_a), "attn_latent")
-        return jnp.einsum("btc,chk->bthk", self.q_norm(latent), self.wq_b)
+        latent = checkpoint_name(linear(x, self.wq_a[...]), "attn_latent")
+        return linear(self.q_norm(latent), self.wq_b[...], "heads")
 
 
 class MLA(nnx.Module):
@@ -61,7 +61,7 @@ class MLA(nnx.Module):
         latent = self._latent(x, rope)
         # What crosses `context` is the latent, kv_lora_rank + qk_rope_head_dim numbers a token, not the expanded keys.
         c_kv, k_rope = constrain(latent.c_kv, "batch", None, None), constrain(latent.k_rope, "batch", None, None)
-        kv = jnp.einsum("btc,chk->bthk", c_kv, self.wkv_b)
+        kv = linear(c_kv, self.wkv_b[...], "heads")
         k_nope, v = jnp.split(kv, [self.cfg.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(
             k_rope[:, :, None], (*k_nope.shape[:-1], k_rope.shape[-1]), out_sharding=spec("batch", None, "heads", None)
@@ -91,12 +91,12 @@ class MLA(nnx.Module):
         return q_nope, apply_rope(q_rope, *rope)
 
     def _latent(self, x, rope) -> LatentCache:
-        latent = checkpoint_name(jnp.einsum("btd,dc->btc", x, self.wkv_a), "attn_latent")
+        latent = checkpoint_name(linear(x, self.wkv_a[...]), "attn_latent")
         c_kv, k_rope = jnp.split(latent, [self.cfg.kv_lora_rank], axis=-1)
         return LatentCache(self.kv_norm(c_kv), apply_rope(k_rope, *rope))
 
     def _out(self, y):
-        return jnp.einsum("bthv,hvd->btd", y, self.wo, out_sharding=spec("batch", "seq", None))
+        return linear(y, self.wo[...])
 
 
 class MHA(nnx.Module):
@@ -130,11 +130,11 @@ class MHA(nnx.Module):
         return self._out(jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), cache.v)), cache
 
     def _project(self, x, rope):
-        q, k, v = (jnp.einsum("btd,dhk->bthk", x, w) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (linear(x, w[...], "heads") for w in (self.wq, self.wk, self.wv))
         return apply_rope(q, *rope), apply_rope(k, *rope), v
 
     def _out(self, y):
-        return jnp.einsum("bthk,hkd->btd", y, self.wo, out_sharding=spec("batch", "seq", None))
+        return linear(y, self.wo[...])
 
 
 def _write(

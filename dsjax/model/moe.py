@@ -4,14 +4,13 @@ import functools
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
 from dsjax.model.router import Router
 from dsjax.nn import SwiGLU, param
 from dsjax.state import Routing
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import grouped_swiglu
 from sharding.dispatch import combine, dispatch
 from sharding.rules import constrain, spec
 
@@ -58,11 +57,8 @@ def _experts_of_device(
     k = indices.shape[-1]
     flat = (x.reshape(b * t, d), indices.reshape(b * t, k), weights.reshape(b * t, k))
     rows, row_weights, plan = dispatch(*flat, n_local_experts=w_gate.shape[0])
-    matmul = functools.partial(grouped_matmul, group_sizes=plan.group_sizes, implementation=implementation)
-    gate = checkpoint_name(matmul(rows, w_gate), "mlp_gate")
-    up = checkpoint_name(matmul(rows, w_up), "mlp_up")
-    # The router's weight goes in here: F numbers a row, where the output has D.
-    y = matmul((jax.nn.silu(gate) * up * row_weights[:, None]).astype(x.dtype), w_down)
+    weights = w_gate, w_up, w_down
+    y = grouped_swiglu(rows, row_weights, *weights, plan.group_sizes, implementation=implementation)
     return combine(y, plan, k).reshape(b, t, d)
 
 

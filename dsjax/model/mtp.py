@@ -8,9 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
-from dsjax.nn import RMSNorm, param
+from dsjax.nn import RMSNorm, linear, param
 from dsjax.state import Batch
-from sharding.rules import constrain, spec
+from sharding.rules import constrain
 
 
 class MTPInput(nnx.Module):
@@ -25,7 +25,7 @@ class MTPInput(nnx.Module):
 
     def __call__(self, embedding: Float[Array, "B T D"], hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         both = jnp.concatenate([self.enorm(embedding), self.hnorm(hidden)], axis=-1)
-        return jnp.einsum("btc,cd->btd", both, self.eh_proj, out_sharding=spec("batch", "seq", None))
+        return linear(both, self.eh_proj[...])
 
 
 def shift_left(x: Int[Array, "B T"], n: int) -> Int[Array, "B T"]:

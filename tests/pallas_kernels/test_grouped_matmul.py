@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul
+from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu
 
 M, K, N, E = 48, 16, 24, 5  # "tiles" runs 32 rows, then 8 at a time, and 48 rows are no whole number of either
 ALL = list(IMPLEMENTATIONS)
@@ -145,6 +145,59 @@ def test_tiles_keep_no_copy_of_an_operand():
     x, w, sizes = jnp.ones((m, k)), jnp.ones((e, k, n)), jnp.full(e, m // e)
     compiled = run.lower(x, w, jnp.ones((m, n)), sizes, "tiles").compile()
     assert compiled.memory_analysis().temp_size_in_bytes < min(x.nbytes, w.nbytes)
+
+
+@partial(jax.jit, static_argnames="implementation")
+def run_swiglu(args, dy, group_sizes, implementation):
+    """y, and the gradients by x, the rows' weights, w_gate, w_up and w_down."""
+    y, pull = jax.vjp(lambda *args: grouped_swiglu(*args, group_sizes, implementation=implementation), *args)
+    return y, *pull(dy)
+
+
+def swiglu_operands(dtype=jnp.float32):
+    rng = np.random.default_rng(3)
+    shapes = (M, K), (M,), (E, K, N), (E, K, N), (E, N, K)
+    x, row_weights, *weights = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+    return (x, row_weights.astype(jnp.float32), *weights), jnp.asarray(rng.standard_normal((M, K)), dtype)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-5)])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_swiglu_in_one_walk_is_three_matmuls_and_a_product(pattern, dtype, tolerance):
+    args, dy = swiglu_operands(dtype)
+    sizes = jnp.array(PATTERNS[pattern])
+    actual = run_swiglu(args, dy, sizes, "tiles")
+    assert [a.dtype for a in actual] == [dtype, *(a.dtype for a in args)]
+    assert_close(actual, run_swiglu(args, dy, sizes, "reference"), tolerance)
+
+
+def test_swiglu_leaves_the_nan_of_rows_after_the_last_group_where_they_are():
+    args, dy = swiglu_operands()
+    sizes = PATTERNS["last group ends early"]
+    expected = run_swiglu(args, dy, jnp.array(sizes), "reference")
+    rest = slice(sum(sizes), None)
+    x, row_weights, *weights = args
+    args = (x.at[rest].set(jnp.nan), row_weights.at[rest].set(jnp.nan), *weights)
+    assert_close(run_swiglu(args, dy.at[rest].set(jnp.nan), jnp.array(sizes), "tiles"), expected)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_checkpoint_can_keep_what_swiglu_multiplies(implementation):
+    """Then the backward pass walks the rows once, and does not compute gate and up again."""
+    args, dy = swiglu_operands()
+    sizes = jnp.array(PATTERNS["balanced"])
+
+    def loss(policy, *args):
+        f = jax.checkpoint(partial(grouped_swiglu, group_sizes=sizes, implementation=implementation), policy=policy)
+        return jnp.sum(f(*args) * dy)
+
+    saved = jax.checkpoint_policies.save_only_these_names("mlp_gate", "mlp_up")
+    kept = [
+        shape
+        for shape in (a.shape for a in jax.tree.leaves(jax.vjp(partial(loss, saved), *args)[1]))
+        if shape == (M, N)
+    ]
+    assert len(kept) == 2
 
 
 def test_unknown_implementation_names_the_choices():

@@ -1,6 +1,7 @@
 """Parallelism changes time, never numbers: eight fake devices against one."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from dsjax.train.loss import count, total_loss
 from sharding.mesh import make_mesh
+from sharding.rules import as_rows, as_tokens, spec
 
 MODEL = models.v3(num_hidden_layers=1, first_k_dense_replace=0)  # a MoE layer in the trunk, one in MTP
 CONFIG = models.config(MODEL)
@@ -41,3 +43,15 @@ def test_loss_and_every_gradient_are_the_same_on(sizes):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), parts, wanted_parts)
     for name, gradient in gradients.items():
         np.testing.assert_allclose(gradient, wanted_gradients[name], atol=1e-5, err_msg=name)
+
+
+def test_tokens_become_rows_and_come_back_with_nothing_sent():
+    with jax.set_mesh(make_mesh(data=2, context=2, tensor=2)):
+        x = np.arange(4.0 * 6 * 2 * 5).reshape(4, 6, 2, 5).astype(np.float32)
+        x = jax.device_put(x, spec("batch", "seq", "heads", None))
+        there = jax.jit(as_rows).lower(x).compile()
+        back = jax.jit(lambda rows, x: as_tokens(rows, x, 2, 5)).lower(there(x), x).compile()
+        assert there(x).shape == (24, 10)
+        np.testing.assert_array_equal(back(there(x), x), x)
+        for program in (there, back):
+            assert not re.search("all-to-all|all-gather|all-reduce|collective-permute", program.as_text())
