@@ -68,7 +68,7 @@ def import_checkpoint(
                 _import_leaf(hub, leaf, group, kinds[leaf], out, pool, bar)
             biases = _absent_biases(hub.model, leaves)
             for leaf, shape in biases.items():
-                out.create(leaf, shape, np.float32, shape).write(np.zeros(shape, np.float32)).result()
+                out.create(leaf, shape, np.dtype(np.float32), shape).write(np.zeros(shape, np.float32)).result()
         out.finish([*leaves, *biases])
         _keep_side(hub, folder / "hub", hub.differing_copies() if copied else [], say)
 
