@@ -29,11 +29,16 @@ def grouped_matmul(
 
     implementation: "auto" (by platform), "tiles", "ragged_dot" or "reference"; any other name raises ValueError.
     """
+    return IMPLEMENTATIONS[choose(implementation)](x, w, group_sizes)
+
+
+def choose(implementation: str) -> str:
+    """The implementation that a name stands for: "auto" goes by platform, an unknown one raises ValueError."""
     if implementation == "auto":
         implementation = IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
-    return IMPLEMENTATIONS[implementation](x, w, group_sizes)
+    return implementation
 
 
 def reference(x: Float[Array, "M K"], w: Float[Array, "E K N"], group_sizes: Int[Array, "E"]) -> Float[Array, "M N"]:
@@ -81,7 +86,7 @@ def _rows_times_weights(x, w, group_sizes, transposed):
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def begin(expert, y):
-        return _slice(w, expert, 1)[0], y
+        return slice_float32(w, expert, 1)[0], y
 
     def tile(w_expert, y, rows: Rows):
         new = _encode(lax.dot_general(rows.of(x), w_expert, contract), x.dtype)
@@ -123,7 +128,7 @@ def _encode(x: jax.Array, dtype) -> jax.Array:
     return lax.bitcast_convert_type(x.astype(dtype), _bits(dtype))
 
 
-def _slice(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
+def slice_float32(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
     """x[first : first + size] in float32."""
     bits = lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, _bits(x.dtype)), first, size)
     return lax.bitcast_convert_type(bits, x.dtype).astype(jnp.float32)
@@ -138,7 +143,7 @@ class Rows:
     own: jax.Array | None = None
 
     def of(self, x):
-        return _slice(x, self.first, self.size)
+        return slice_float32(x, self.first, self.size)
 
     def select(self, mine, others):
         return mine if self.own is None else jnp.where(self.own[:, None], mine, others)

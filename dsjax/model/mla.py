@@ -1,5 +1,7 @@
 """Multi-head latent attention, expanded and absorbed, and plain multi-head attention (reference section 2)."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -9,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import ModelConfig
 from dsjax.model.attention import attend
 from dsjax.model.rope import apply_rope, softmax_scale
-from dsjax.nn import RMSNorm, param
+from dsjax.nn import RMSNorm, param, project
 from dsjax.state import KVCache, LatentCache
 from sharding.rules import constrain, spec
 
@@ -24,7 +26,7 @@ class Query(nnx.Module):
         self.wq = param(rngs, shape, ("embed", "heads", None), cfg.initializer_range)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
-        return jnp.einsum("btd,dhk->bthk", x, self.wq)
+        return project("btd,dhk->bthk", x, self.wq)
 
 
 class CompressedQuery(nnx.Module):
@@ -37,8 +39,15 @@ class CompressedQuery(nnx.Module):
         self.wq_b = param(rngs, (c, cfg.num_attention_heads, cfg.qk_head_dim), ("latent", "heads", None), std)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
-        latent = checkpoint_name(jnp.einsum("btd,dc->btc", x, self.wq_a), "attn_latent")
-        return jnp.einsum("btc,chk->bthk", self.q_norm(latent), self.wq_b)
+        latent = checkpoint_name(project("btd,dc->btc", x, self.wq_a), "attn_latent")
+        return project("btc,chk->bthk", self.q_norm(latent), self.wq_b)
+
+
+class Absorbed(NamedTuple):
+    """wkv_b as the absorbed form reads it: its two halves, heads first."""
+
+    w_uk: jax.Array  # [H, qk_nope_head_dim, kv_lora_rank], into the query
+    w_uv: jax.Array  # [H, kv_lora_rank, v_head_dim], into the output
 
 
 class MLA(nnx.Module):
@@ -71,32 +80,42 @@ class MLA(nnx.Module):
         y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
         return self._out(checkpoint_name(y, "attn_out")), LatentCache(c_kv, k_rope)
 
+    def absorbed(self) -> Absorbed:
+        """wkv_b prepared for `decode`."""
+        w_uk, w_uv = jnp.split(self.wkv_b[...], [self.cfg.qk_nope_head_dim], axis=-1)
+        return Absorbed(jnp.transpose(w_uk, (1, 2, 0)), jnp.transpose(w_uv, (1, 0, 2)))
+
     def decode(
-        self, x: Float[Array, "B T D"], rope: Rope, cache: LatentCache, length: Int[Array, "B"]
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        cache: LatentCache,
+        length: Int[Array, "B"],
+        absorbed: Absorbed | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
         """Absorbed form on the latent cache (reference section 2.3): wkv_b goes to the query and to the output."""
+        w_uk, w_uv = absorbed or self.absorbed()
         q_nope, q_rope = self._queries(x, rope)
         latent = self._latent(x, rope)
         cache = LatentCache(_write(cache.c_kv, latent.c_kv, length), _write(cache.k_rope, latent.k_rope, length))
-        w_uk, w_uv = jnp.split(self.wkv_b[...], [self.cfg.qk_nope_head_dim], axis=-1)
-        q_latent = jnp.einsum("bthk,chk->bthc", q_nope, w_uk)
+        q_latent = jnp.einsum("bthk,hkc->bthc", q_nope, w_uk)
         scores = jnp.einsum("bthc,bsc->bhts", q_latent, cache.c_kv, preferred_element_type=jnp.float32)
         scores += jnp.einsum("bthr,bsr->bhts", q_rope, cache.k_rope, preferred_element_type=jnp.float32)
         p = _masked_softmax(scores * softmax_scale(self.cfg), length)
         o_latent = jnp.einsum("bhts,bsc->bthc", p.astype(x.dtype), cache.c_kv)
-        return self._out(jnp.einsum("bthc,chv->bthv", o_latent, w_uv)), cache
+        return self._out(jnp.einsum("bthc,hcv->bthv", o_latent, w_uv)), cache
 
     def _queries(self, x, rope):
         q_nope, q_rope = jnp.split(self.query(x), [self.cfg.qk_nope_head_dim], axis=-1)
         return q_nope, apply_rope(q_rope, *rope)
 
     def _latent(self, x, rope) -> LatentCache:
-        latent = checkpoint_name(jnp.einsum("btd,dc->btc", x, self.wkv_a), "attn_latent")
+        latent = checkpoint_name(project("btd,dc->btc", x, self.wkv_a), "attn_latent")
         c_kv, k_rope = jnp.split(latent, [self.cfg.kv_lora_rank], axis=-1)
         return LatentCache(self.kv_norm(c_kv), apply_rope(k_rope, *rope))
 
     def _out(self, y):
-        return jnp.einsum("bthv,hvd->btd", y, self.wo, out_sharding=spec("batch", "seq", None))
+        return project("bthv,hvd->btd", y, self.wo, out_sharding=spec("batch", "seq", None))
 
 
 class MHA(nnx.Module):
@@ -119,8 +138,11 @@ class MHA(nnx.Module):
         y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
         return self._out(checkpoint_name(y, "attn_out")), KVCache(k, v)
 
+    def absorbed(self) -> None:
+        """Nothing: `decode` reads the weights as they are."""
+
     def decode(
-        self, x: Float[Array, "B T D"], rope: Rope, cache: KVCache, length: Int[Array, "B"]
+        self, x: Float[Array, "B T D"], rope: Rope, cache: KVCache, length: Int[Array, "B"], absorbed: None = None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """The same on cached keys and values."""
         q, k, v = self._project(x, rope)
@@ -130,11 +152,11 @@ class MHA(nnx.Module):
         return self._out(jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), cache.v)), cache
 
     def _project(self, x, rope):
-        q, k, v = (jnp.einsum("btd,dhk->bthk", x, w) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (project("btd,dhk->bthk", x, w) for w in (self.wq, self.wk, self.wv))
         return apply_rope(q, *rope), apply_rope(k, *rope), v
 
     def _out(self, y):
-        return jnp.einsum("bthk,hkd->btd", y, self.wo, out_sharding=spec("batch", "seq", None))
+        return project("bthk,hkd->btd", y, self.wo, out_sharding=spec("batch", "seq", None))
 
 
 def _write(
