@@ -1,4 +1,4 @@
-"""The small parts: one weight, n modules as one, RMSNorm, SwiGLU."""
+"""The small parts: one weight, n modules as one, a linear layer, RMSNorm, SwiGLU."""
 
 import math
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import P
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -31,7 +32,7 @@ def linear(x: Float[Array, "B T *K"], w: Float[Array, "*W"], name: str | None = 
     """
     n = x.ndim - 2
     rows, matrix = as_rows(x), w.reshape(math.prod(w.shape[:n]), -1)
-    layout = jax.P(jax.typeof(rows).sharding.spec[0], *spec(name))
+    layout = P(jax.typeof(rows).sharding.spec[0], *spec(name))
     return as_tokens(jnp.einsum("nk,km->nm", rows, matrix, out_sharding=layout), x, *w.shape[n:])
 
 

@@ -32,10 +32,11 @@ def grouped_matmul(
 
     implementation: "auto" (by platform), "tiles", "ragged_dot" or "reference"; any other name raises ValueError.
     """
-    return IMPLEMENTATIONS[_chosen(implementation)](x, w, group_sizes)
+    return IMPLEMENTATIONS[choose(implementation)](x, w, group_sizes)
 
 
-def _chosen(implementation: str) -> str:
+def choose(implementation: str) -> str:
+    """The implementation that a name stands for: "auto" goes by platform, an unknown one raises ValueError."""
     if implementation == "auto":
         return IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
     if implementation not in IMPLEMENTATIONS:
@@ -57,7 +58,7 @@ def grouped_swiglu(
 
     For jax.checkpoint the products with w_gate and w_up are named "mlp_gate" and "mlp_up".
     """
-    if _chosen(implementation) == "tiles":
+    if choose(implementation) == "tiles":
         return _tiles_swiglu(x, row_weights[:, None], w_gate, w_up, w_down, group_sizes)
     matmul = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
     gate = checkpoint_name(matmul(x, w_gate), "mlp_gate")
@@ -115,7 +116,7 @@ def _rows_times_weights(x, w, group_sizes, transposed):
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
 
     def begin(expert, y):
-        return _slice(w, expert, 1)[0], y
+        return slice_float32(w, expert, 1)[0], y
 
     def tile(w_expert, y, rows: Rows):
         return rows.put(y, lax.dot_general(rows.of(x), w_expert, contract), x.dtype)
@@ -160,7 +161,7 @@ def _swiglu_walk(x, row_weights, weights, group_sizes, keep):
     zeros = [jnp.zeros((x.shape[0], w.shape[2]), _bits(x.dtype)) for w in (weights if keep else weights[2:])]
 
     def begin(expert, done):
-        return [_slice(w, expert, 1)[0] for w in weights], done
+        return [slice_float32(w, expert, 1)[0] for w in weights], done
 
     def tile(fixed, done, rows: Rows):
         gate, up = (_round(rows.of(x) @ w, x.dtype) for w in fixed[:2])
@@ -181,7 +182,7 @@ def _tiles_swiglu_backward(residuals, dy):
     of_experts = [jnp.zeros(w.shape, _bits(w.dtype)) for w in weights]
 
     def begin(expert, done):
-        fixed = [_slice(w, expert, 1)[0] for w in weights]
+        fixed = [slice_float32(w, expert, 1)[0] for w in weights]
         return fixed, (done[0], [jnp.zeros_like(w) for w in fixed])
 
     def tile(fixed, inner, rows: Rows):
@@ -223,7 +224,7 @@ def _round(x: jax.Array, dtype) -> jax.Array:
     return x.astype(dtype).astype(jnp.float32)
 
 
-def _slice(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
+def slice_float32(x: jax.Array, first: jax.Array, size: int) -> jax.Array:
     """x[first : first + size] in float32."""
     bits = lax.dynamic_slice_in_dim(lax.bitcast_convert_type(x, _bits(x.dtype)), first, size)
     return lax.bitcast_convert_type(bits, x.dtype).astype(jnp.float32)
@@ -238,7 +239,7 @@ class Rows:
     own: jax.Array | None = None
 
     def of(self, x):
-        return _slice(x, self.first, self.size)
+        return slice_float32(x, self.first, self.size)
 
     def put(self, y, new, dtype):
         """y, whose bits are those of dtype, with this tile's rows new."""

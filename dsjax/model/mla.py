@@ -1,5 +1,7 @@
 """Multi-head latent attention, expanded and absorbed, and plain multi-head attention (reference section 2)."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -41,6 +43,13 @@ class CompressedQuery(nnx.Module):
         return linear(self.q_norm(latent), self.wq_b[...], "heads")
 
 
+class Absorbed(NamedTuple):
+    """wkv_b as the absorbed form reads it: its two halves, heads first."""
+
+    w_uk: jax.Array  # [H, qk_nope_head_dim, kv_lora_rank], into the query
+    w_uv: jax.Array  # [H, kv_lora_rank, v_head_dim], into the output
+
+
 class MLA(nnx.Module):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1)."""
 
@@ -71,20 +80,30 @@ class MLA(nnx.Module):
         y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
         return self._out(checkpoint_name(y, "attn_out")), LatentCache(c_kv, k_rope)
 
+    def absorbed(self) -> Absorbed:
+        """wkv_b prepared for `decode`."""
+        w_uk, w_uv = jnp.split(self.wkv_b[...], [self.cfg.qk_nope_head_dim], axis=-1)
+        return Absorbed(jnp.transpose(w_uk, (1, 2, 0)), jnp.transpose(w_uv, (1, 0, 2)))
+
     def decode(
-        self, x: Float[Array, "B T D"], rope: Rope, cache: LatentCache, length: Int[Array, "B"]
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        cache: LatentCache,
+        length: Int[Array, "B"],
+        absorbed: Absorbed | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
         """Absorbed form on the latent cache (reference section 2.3): wkv_b goes to the query and to the output."""
+        w_uk, w_uv = absorbed or self.absorbed()
         q_nope, q_rope = self._queries(x, rope)
         latent = self._latent(x, rope)
         cache = LatentCache(_write(cache.c_kv, latent.c_kv, length), _write(cache.k_rope, latent.k_rope, length))
-        w_uk, w_uv = jnp.split(self.wkv_b[...], [self.cfg.qk_nope_head_dim], axis=-1)
-        q_latent = jnp.einsum("bthk,chk->bthc", q_nope, w_uk)
+        q_latent = jnp.einsum("bthk,hkc->bthc", q_nope, w_uk)
         scores = jnp.einsum("bthc,bsc->bhts", q_latent, cache.c_kv, preferred_element_type=jnp.float32)
         scores += jnp.einsum("bthr,bsr->bhts", q_rope, cache.k_rope, preferred_element_type=jnp.float32)
         p = _masked_softmax(scores * softmax_scale(self.cfg), length)
         o_latent = jnp.einsum("bhts,bsc->bthc", p.astype(x.dtype), cache.c_kv)
-        return self._out(jnp.einsum("bthc,chv->bthv", o_latent, w_uv)), cache
+        return self._out(jnp.einsum("bthc,hcv->bthv", o_latent, w_uv)), cache
 
     def _queries(self, x, rope):
         q_nope, q_rope = jnp.split(self.query(x), [self.cfg.qk_nope_head_dim], axis=-1)
@@ -119,8 +138,11 @@ class MHA(nnx.Module):
         y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
         return self._out(checkpoint_name(y, "attn_out")), KVCache(k, v)
 
+    def absorbed(self) -> None:
+        """Nothing: `decode` reads the weights as they are."""
+
     def decode(
-        self, x: Float[Array, "B T D"], rope: Rope, cache: KVCache, length: Int[Array, "B"]
+        self, x: Float[Array, "B T D"], rope: Rope, cache: KVCache, length: Int[Array, "B"], absorbed: None = None
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """The same on cached keys and values."""
         q, k, v = self._project(x, rope)

@@ -3,14 +3,17 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax import P, lax
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
 from dsjax.model.router import Router
 from dsjax.nn import SwiGLU, param
 from dsjax.state import Routing
-from pallas_kernels.grouped_matmul import grouped_swiglu
+from pallas_kernels.grouped_matmul import choose, grouped_swiglu, slice_float32
+from pallas_kernels.row_matmul import row_matmul
 from sharding.dispatch import combine, dispatch
 from sharding.rules import constrain, spec
 
@@ -40,6 +43,36 @@ class RoutedExperts(nnx.Module):
             constrain(self.w_up[...], "experts", None, "ff"),
             constrain(self.w_down[...], "experts", "ff", None),
         )
+
+    def decode(self, x: Float[Array, "B T D"], routing: Routing, implementation: str) -> Float[Array, "B T D"]:
+        """The same, quick for a single token on a CPU."""
+        alone = x.shape[:2] == (1, 1) and jax.typeof(x).sharding.mesh.size == 1
+        if not alone or choose(implementation) != "tiles":
+            return self(x, routing, implementation)
+        arguments = x, routing.indices, routing.weights, self.w_gate[...], self.w_up[...], self.w_down[...]
+        y = jax.shard_map(_one_token, in_specs=(P(),) * len(arguments), out_specs=P(), check_vma=False)(
+            *(jax.reshard(a, P()) for a in arguments)
+        )
+        return constrain(y, "batch", "seq", None)
+
+
+def _one_token(
+    x: Float[Array, "1 1 D"],
+    indices: Int[Array, "1 1 K"],
+    weights: Float[Array, "1 1 K"],
+    w_gate: Float[Array, "E D F"],
+    w_up: Float[Array, "E D F"],
+    w_down: Float[Array, "E F D"],
+) -> Float[Array, "1 1 D"]:
+    """One chosen expert after the other: there is nothing to sort, to pad or to bring back."""
+    row = x[0].astype(jnp.float32)
+
+    def add_expert(i, y):
+        gate, up, down = (slice_float32(w, indices[0, 0, i], 1)[0] for w in (w_gate, w_up, w_down))
+        h = jax.nn.silu(row_matmul(row, gate)) * row_matmul(row, up) * weights[0, 0, i]
+        return y + row_matmul(h, down)
+
+    return lax.fori_loop(0, indices.shape[-1], add_expert, jnp.zeros_like(row)).astype(x.dtype)[None]
 
 
 def _experts_of_device(
@@ -78,7 +111,13 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """The layer's output and where its tokens went."""
         routing = self.router(x, bias)
-        y = self.experts(x, routing, implementation)
-        if self.n_shared_experts:
-            y = y + self.shared(x)
-        return y, routing
+        return self._with_shared(x, self.experts(x, routing, implementation)), routing
+
+    def decode(
+        self, x: Float[Array, "B T D"], bias: Float[Array, "E"], implementation: str = "auto"
+    ) -> Float[Array, "B T D"]:
+        """The output for new tokens of a decoding step."""
+        return self._with_shared(x, self.experts.decode(x, self.router(x, bias), implementation))
+
+    def _with_shared(self, x, y):
+        return y + self.shared(x) if self.n_shared_experts else y

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import BalanceConfig, ComputeConfig, ModelConfig
 from dsjax.model.balance import balance_losses, expert_load
-from dsjax.model.mla import MHA, MLA, Rope
+from dsjax.model.mla import MHA, MLA, Absorbed, Rope
 from dsjax.model.moe import MoE
 from dsjax.model.mtp import MTPInput, hide, look_ahead
 from dsjax.model.rope import rope_tables
@@ -32,10 +32,13 @@ class Outputs(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """The blocks one by one, not stacked: decoding on a CPU reads these in place, where a scan would copy each."""
+    """The blocks one by one, not stacked: decoding on a CPU reads these in place, where a scan would copy each.
 
-    dense: list
-    moe: list
+    Of every block the weights and what `MLA.absorbed` makes of them (None for plain attention).
+    """
+
+    dense: list[tuple["Block", Absorbed | None]]
+    moe: list[tuple["Block", Absorbed | None]]
 
 
 class Layer(NamedTuple):
@@ -74,18 +77,18 @@ class Block(nnx.Module):
         )
         return x, past, layer
 
-    def decode(self, x, rope, cache, length, bias, implementation):
+    def decode(self, x, rope, cache, length, bias, implementation, absorbed):
         """The same for new tokens on a cache: x after the block, and the longer cache."""
-        y, cache = self.attn.decode(self.attn_norm(x), rope, cache, length)
-        x, _ = self._feed_forward(x + y, None, bias, BalanceConfig(), implementation)
-        return x, cache
+        y, cache = self.attn.decode(self.attn_norm(x), rope, cache, length, absorbed)
+        x = x + y
+        if self.kind == "dense":
+            return x + self.ffn(self.ffn_norm(x)), cache
+        return x + self.ffn.decode(self.ffn_norm(x), bias, implementation), cache
 
     def _feed_forward(self, x, segment_ids, bias, balance, implementation):
         if self.kind == "dense":
             return x + self.ffn(self.ffn_norm(x)), None
         y, routing = self.ffn(self.ffn_norm(x), bias, implementation)
-        if segment_ids is None:
-            return x + y, None
         valid = segment_ids > 0
         return x + y, Layer(expert_load(routing, valid), balance_losses(routing, valid, self.cfg, balance))
 
@@ -187,10 +190,11 @@ class DeepSeek(nnx.Module):
         rope = rope_tables(positions, self.cfg)
 
         def block(x, layer, past, bias):
-            return layer.decode(x, rope, past, cache.length, bias, compute.grouped_matmul)
+            layer, absorbed = layer
+            return layer.decode(x, rope, past, cache.length, bias, compute.grouped_matmul, absorbed)
 
         x = self._embed(tokens, compute)
-        dense, moe = layers or (self.dense, self.moe)
+        dense, moe = layers or ((self.dense, None), (self.moe, None))
         x, dense = _scan(lambda x, xs: block(x, *xs, None), x, (dense, cache.dense), compute.scan_layers)
         x, moe = _scan(lambda x, xs: block(x, *xs), x, (moe, cache.moe, router_bias.moe), compute.scan_layers)
         return self.logits(self.norm(x)), Cache(dense, moe, cache.length + tokens.shape[1])
@@ -240,12 +244,15 @@ def _layer(layers, i: int):
 
 
 def unstack(model: DeepSeek, cache: Cache) -> tuple[Layers, Cache]:
-    """The blocks and their caches one by one."""
+    """What decoding on a CPU reads: the blocks, with their weights absorbed, and their caches one by one."""
 
     def split(tree) -> list:
         return [_layer(tree, i) for i in range(jax.tree.leaves(tree)[0].shape[0])]
 
-    return Layers(split(model.dense), split(model.moe)), Cache(split(cache.dense), split(cache.moe), cache.length)
+    def ready(stacked) -> list:
+        return [(block, block.attn.absorbed()) for block in split(stacked)]
+
+    return Layers(ready(model.dense), ready(model.moe)), Cache(split(cache.dense), split(cache.moe), cache.length)
 
 
 def _stack_leaves(trees: list):

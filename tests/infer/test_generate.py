@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dsjax.config import ConfigError
+from dsjax.config import ComputeConfig, ConfigError
 from dsjax.infer import generate
 from dsjax.infer.sampling import sample
 
@@ -29,7 +29,8 @@ def drawn():
 
 def run(prompts=PROMPTS, **options) -> np.ndarray:
     """Everything that is generated, [B, n]."""
-    chunks = generate.generate_tokens(*drawn(), prompts, compute=models.COMPUTE, **{"max_tokens": N, **options})
+    options = {"max_tokens": N, "compute": models.COMPUTE, **options}
+    chunks = generate.generate_tokens(*drawn(), prompts, **options)
     return np.concatenate(list(chunks), axis=1)
 
 
@@ -76,6 +77,13 @@ def test_the_text_does_not_depend_on_the_chunk(monkeypatch):
 def test_rows_of_a_batch_are_what_they_are_alone():
     for row, prompt in enumerate(PROMPTS):
         np.testing.assert_array_equal(run([prompt])[0], greedy()[row])
+
+
+@pytest.mark.parametrize("one_by_one", [True, False])
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one row", "two rows"])
+def test_tokens_do_not_depend_on_how_weights_are_read(prompts, one_by_one):
+    got = run(prompts, one_by_one=one_by_one, compute=ComputeConfig(grouped_matmul="tiles"))
+    np.testing.assert_array_equal(got, greedy()[: len(prompts)])
 
 
 @pytest.mark.parametrize("n", [1, 2, N - 1])
