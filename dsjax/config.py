@@ -86,7 +86,7 @@ class ModelConfig:
     rope_theta: float = Field(10000.0, gt=0, description="RoPE base")
     rope_scaling: RopeScaling | None = Field(None, description="YaRN, or none")
     max_position_embeddings: int = Field(4096, gt=0, description="longest context")
-    rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of every RMSNorm")
+    rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm; of latents' norms 1e-6")
     initializer_range: float = Field(0.006, gt=0, description="standard deviation of initial weights")
     mtp_hidden: Literal["post_norm", "pre_norm"] = Field(
         "post_norm", description="trunk hidden state that MTP reads: after or before the final norm"

@@ -15,6 +15,7 @@ from dsjax.nn import RMSNorm, linear, param
 from dsjax.state import KVCache, LatentCache
 from sharding.rules import constrain, spec
 
+_LATENT_EPS = 1e-6  # whatever rms_norm_eps is: so in the released code and transformers; Moonlight's is 1e-5
 Rope = tuple[Float[Array, "B T R"], Float[Array, "B T R"]]  # cos, sin
 
 
@@ -35,7 +36,7 @@ class CompressedQuery(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         d, c, std = cfg.hidden_size, cfg.q_lora_rank, cfg.initializer_range
         self.wq_a = param(rngs, (d, c), ("embed", "latent"), std)
-        self.q_norm = RMSNorm(c, cfg.rms_norm_eps, rngs=rngs)
+        self.q_norm = RMSNorm(c, _LATENT_EPS, rngs=rngs)
         self.wq_b = param(rngs, (c, cfg.num_attention_heads, cfg.qk_head_dim), ("latent", "heads", None), std)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
@@ -57,7 +58,7 @@ class MLA(nnx.Module):
         d, h, c, std = cfg.hidden_size, cfg.num_attention_heads, cfg.kv_lora_rank, cfg.initializer_range
         self.query = Query(cfg, rngs=rngs) if cfg.q_lora_rank is None else CompressedQuery(cfg, rngs=rngs)
         self.wkv_a = param(rngs, (d, c + cfg.qk_rope_head_dim), ("embed", "latent"), std)
-        self.kv_norm = RMSNorm(c, cfg.rms_norm_eps, rngs=rngs)
+        self.kv_norm = RMSNorm(c, _LATENT_EPS, rngs=rngs)
         self.wkv_b = param(rngs, (c, h, cfg.qk_nope_head_dim + cfg.v_head_dim), ("latent", "heads", None), std)
         self.wo = param(rngs, (h, cfg.v_head_dim, d), ("heads", None, "embed"), std)
         self.cfg = cfg
