@@ -35,11 +35,13 @@ def generate_tokens(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_id: int = -1,
+    eos_ids: tuple[int, ...] = (),
     compute: ComputeConfig = ComputeConfig(),
     one_by_one: bool | None = None,
 ) -> Iterator[np.ndarray]:
-    """Continuations of token prompts, as arrays [B, n <= CHUNK] that follow each other; after eos_id come eos_ids.
+    """Continuations of token prompts, as arrays [B, n <= CHUNK] that follow each other.
+
+    A row ends with one of eos_ids, and is filled up with the first of them.
 
     one_by_one: whether each layer is its own array (by default on CPU, where a scan over stacked layers copies all
     their weights for each token) or one compiled layer serves all.
@@ -70,7 +72,7 @@ def generate_tokens(
     cache_size = _round_up(room + max_tokens + CHUNK)
     key = jax.random.key(seed)
     token, cache = _first(model, batch, router_bias, jax.random.fold_in(key, 0), *settings, cache_size, compute)
-    ended = token == eos_id
+    ended = _any_of(token, eos_ids)
     yield np.asarray(token)[:, None]
     layers, cache = _unstack(model, cache) if one_by_one else (None, cache)
     done = 1
@@ -86,7 +88,7 @@ def generate_tokens(
             *settings,
             jnp.int32(done),
             jnp.int32(max_tokens),
-            eos_id,
+            eos_ids,
             compute,
         )
         yield np.asarray(chunk)[:, : int(n)]
@@ -108,7 +110,7 @@ _unstack = jax.jit(unstack)
 
 
 @functools.partial(jax.jit, static_argnums=(11, 12), donate_argnums=2)
-def _next(model, token, cache, ended, layers, router_bias, key, temperature, top_p, done, max_tokens, eos_id, compute):
+def _next(model, token, cache, ended, layers, router_bias, key, temperature, top_p, done, max_tokens, eos_ids, compute):
     """Up to CHUNK more tokens of every row: (last token, cache, ended rows, tokens [B, CHUNK], how many)."""
 
     def more(carry):
@@ -120,13 +122,17 @@ def _next(model, token, cache, ended, layers, router_bias, key, temperature, top
         logits, cache = model.decode(token[:, None], cache, router_bias, compute, layers)
         # The key depends on the token's place alone: the same seed, whatever the chunk.
         token = sample(logits[:, 0], jax.random.fold_in(key, done + i), temperature, top_p)
-        token = jnp.where(ended, eos_id, token)
+        token = jnp.where(ended, eos_ids[0], token) if eos_ids else token
         chunk = jax.lax.dynamic_update_slice_in_dim(chunk, token[:, None], i, axis=1)
-        return i + 1, token, cache, ended | (token == eos_id), chunk
+        return i + 1, token, cache, ended | _any_of(token, eos_ids), chunk
 
     chunk = jnp.zeros((token.shape[0], CHUNK), jnp.int32, out_sharding=spec("batch", None))
     n, token, cache, ended, chunk = jax.lax.while_loop(more, step, (jnp.int32(0), token, cache, ended, chunk))
     return token, cache, ended, chunk, n
+
+
+def _any_of(token: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    return functools.reduce(jnp.logical_or, (token == i for i in ids), jnp.zeros_like(token, bool))
 
 
 def continue_text(
@@ -141,9 +147,9 @@ def _continue(
     model: DeepSeek, router_bias: RouterBias, tokenizer: Tokenizer, compute: ComputeConfig, tokens: list[int], **options
 ) -> Iterator[str]:
     model = cast_weights(model, compute.dtype)
-    chunks = generate_tokens(model, router_bias, [tokens], eos_id=tokenizer.eos_id, compute=compute, **options)
+    chunks = generate_tokens(model, router_bias, [tokens], eos_ids=tokenizer.eos_ids, compute=compute, **options)
     ids = (token for chunk in chunks for token in chunk[0].tolist())
-    ended = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
+    ended = itertools.takewhile(lambda token: token not in tokenizer.eos_ids, ids)
     return tokenizer.decode_stream(ended)
 
 

@@ -92,14 +92,14 @@ def test_max_tokens_are_honoured(n):
 
 
 def test_a_row_that_ended_stays_ended_and_all_ended_stop():
-    eos = int(greedy()[0, 4])
-    ends = [row.tolist().index(eos) if eos in row else N for row in greedy()]
-    got = run(eos_id=eos)
+    eos = int(greedy()[0, 4]), int(greedy()[1, 2])  # two ways to end
+    ends = [next((i for i, token in enumerate(row) if token in eos), N) for row in greedy().tolist()]
+    got = run(eos_ids=eos)
     assert got.shape[1] == min(N, max(ends) + 1)
     for row, end in enumerate(ends):
         np.testing.assert_array_equal(got[row, : end + 1], greedy()[row, : end + 1][: got.shape[1]])
-        assert np.all(got[row, end:] == eos)
-    alone = run(PROMPTS[:1], eos_id=eos)
+        assert np.all(got[row, end + 1 :] == eos[0])
+    alone = run(PROMPTS[:1], eos_ids=eos)
     assert alone.shape == (1, ends[0] + 1)
 
 
