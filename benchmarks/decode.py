@@ -13,6 +13,7 @@ import numpy as np
 from benchmarks import common
 
 BATCHES = (1, 8)
+REPEATS = 8
 
 
 def prompts(batch: int, length: int) -> np.ndarray:
@@ -26,7 +27,7 @@ def measure(generate, prompt: int, new: int) -> dict:
         generate(batch, new)
         generate(batch, 1)
         seconds, cpu, first = [], [], []
-        for _ in range(3):
+        for _ in range(REPEATS):
             start = time.perf_counter()
             generate(batch, 1)
             first.append(time.perf_counter() - start)
