@@ -49,8 +49,8 @@ def import_checkpoint(
     """Makes the run folder `target` of a Hub folder's weights: step 0, to generate from and to train on.
 
     dtype: float32 of all weights, or bfloat16 of matrices but the router; by default as in the files, and bfloat16 from
-    FP8. Memory: a few pieces of tensors. Raises ConfigError (HubError) before any work for a
-    folder that is not whole; on any failure `target` is left as it was.
+    FP8. Memory: a few pieces of tensors. Raises ConfigError (HubError) before any work for a folder that is not whole;
+    on any failure `target` is left as it was.
     """
     hub = HubCheckpoint(source)
     for note in hub.notes:

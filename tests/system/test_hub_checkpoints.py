@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import checkpoints
 import numpy as np
@@ -98,6 +100,18 @@ def test_it_is_trained_further_and_handed_back(imported, tmp_path):
     message = refused("train", mine, "--data.tokenizer=bytes")
     assert "cannot change it" in message
     assert "model.hidden_size=64" in refused("train", imported, "--model.hidden-size=64")
+
+
+def test_a_conversion_that_is_ended_leaves_nothing(hub, tmp_path):
+    script = "import time; from dsjax.hub.checkpoint import HubCheckpoint; from dsjax.cli import main\n"
+    script += "HubCheckpoint.read = lambda *_: (print('reading', flush=True), time.sleep(3))\nmain()"
+    command = [sys.executable, "-c", script, "convert", "import", hub, tmp_path / "out"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "reading\n"
+    assert len(list(tmp_path.iterdir())) == 1
+    process.terminate()
+    assert process.wait(timeout=90) == 143
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_is_told_in_one_line(hub, imported, tmp_path):
