@@ -211,7 +211,7 @@ def train(preset: str, run: str | None, quiet: bool, changes: dict[str, str]):
     epilog="""\b
 Examples:
   dsjax generate runs/tiny --prompt "def " --temperature 0.7 --top-p 0.95
-  dsjax generate deepseek-ai/DeepSeek-V2-Lite-Chat --chat --prompt "Who are you?"
+  dsjax generate deepseek-ai/DeepSeek-V2-Lite-Chat --chat --prompt "Who?"
   head -20 program.py | dsjax generate runs/tiny --max-tokens 100 > rest.py""",
 )
 @click.argument("source", metavar="MODEL")
@@ -242,17 +242,17 @@ def generate(
     if system is not None and not chat:
         raise ConfigError(f"--system={show(system)}: expected --chat with it")
     folder = _find_model(source)
-    if checkpoint is not None and not (folder / "checkpoints").is_dir():
+    from dsjax.hub.config import is_hub_folder
+
+    if checkpoint is not None and is_hub_folder(folder):
         raise ConfigError(f"--checkpoint={checkpoint}: {folder} is no run folder, and has one set of weights")
     prompt = _read_prompt() if prompt in (None, "-") else prompt
-    from dsjax.hub.load import load as load_model
     from dsjax.infer.generate import stream
 
-    loaded = load_model(folder, step=checkpoint, progress=sys.stderr.isatty(), say=_note)
     if sys.stdout.isatty() and not chat:
         sys.stdout.write(prompt)  # a reader wants the whole; a pipe, what is new
-    options = {"chat": chat, "system": system, "temperature": temperature, "top_p": top_p}
-    for text in stream(loaded, prompt, max_tokens=max_tokens, seed=seed, **options):
+    options = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed, "step": checkpoint}
+    for text in stream(folder, prompt, chat=chat, system=system, say=_note, **options):
         sys.stdout.write(text)
         sys.stdout.flush()
     if sys.stdout.isatty():

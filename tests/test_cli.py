@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import configs
-from dsjax.cli import cli, human
+from dsjax.cli import _note, cli, human
 from dsjax.config import ConfigError, field_rows, from_dict, save
 
 
@@ -145,8 +145,8 @@ def test_train_takes_a_folder_a_file_and_a_place_for_the_run(calls, run_folder):
 def test_generate_streams_the_text_and_nothing_else(calls, run_folder):
     result = run("generate", run_folder, "--prompt", "-- 1+1", "--temperature=0", "--checkpoint", "40")
     assert (result.stdout, result.stderr, result.exit_code) == ("1 + 1 = 2", "", 0)
-    options = {"temperature": 0, "top_p": 0.95, "max_tokens": 200, "seed": 0, "step": 40}
-    assert calls == [("runs/tiny", "-- 1+1", options)]
+    options = {"temperature": 0, "top_p": 0.95, "max_tokens": 200, "seed": 0, "step": 40, "chat": False, "system": None}
+    assert calls == [("runs/tiny", "-- 1+1", options | {"say": _note})]
 
 
 @pytest.mark.parametrize("args", [(), ("--prompt", "-"), ("--prompt=-",)])

@@ -50,8 +50,8 @@ class Loaded:
         """Raises ConfigError where the folder has no tokenizer.json."""
         if not (self.folder / "tokenizer.json").is_file():
             raise ConfigError(
-                f"{self.folder}: tokenizer.json is missing, which text needs; `dsjax train` makes a run's again, and a "
-                "tiktoken.model is not read"
+                f"{self.folder}: tokenizer.json is missing; `dsjax train {self.folder}` makes a run's again, and a Hub "
+                "folder needs one (a tiktoken.model is not read)"
             )
         tokenizer = Tokenizer.load(self.folder)
         check_vocabulary(str(self.folder / "tokenizer.json"), self.config.model.vocab_size, tokenizer)

@@ -6,7 +6,8 @@ for text in stream("runs/tiny", "def ", temperature=0.7, top_p=0.95, max_tokens=
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from dsjax.config import ComputeConfig, Config, ConfigError
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.hub.chat import ChatTemplate
-from dsjax.hub.load import Loaded, load
+from dsjax.hub.load import load
 from dsjax.infer.sampling import sample
 from dsjax.model.transformer import DeepSeek, unstack
 from dsjax.precision import cast_weights
@@ -154,7 +155,7 @@ def _continue(
 
 
 def stream(
-    source: Loaded | Path | str,
+    source: Path | str,
     prompt: str,
     *,
     chat: bool = False,
@@ -164,13 +165,14 @@ def stream(
     max_tokens: int = 200,
     seed: int = 0,
     step: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
     """The continuation of a prompt by the model of a run folder or Hub folder, piece by piece.
 
     The same for the same seed. chat: the prompt is a user's message, put into the folder's chat template behind an
     optional system message, and the answer follows. Raises ConfigError for what is missing in the folder, or damaged.
     """
-    loaded = source if isinstance(source, Loaded) else load(source, step=step)
+    loaded = load(source, step=step, progress=sys.stderr.isatty(), say=say)
     if chat:
         messages = [{"role": "system", "content": system}] * (system is not None) + [
             {"role": "user", "content": prompt}

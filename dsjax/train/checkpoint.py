@@ -169,7 +169,8 @@ def _in_chunks(flat: dict[str, Any]) -> dict[str, ocp.SaveArgs]:
 
 
 def _weights_alone(step_folder: Path) -> bool:
-    return not (step_folder / "rest").exists()
+    # One of the items missing is damage; an import writes step 0 with neither.
+    return step_folder.name == "0" and not any((step_folder / item).exists() for item in ("rest", "notes"))
 
 
 def _reason(error: Exception) -> str:
