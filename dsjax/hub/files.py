@@ -55,13 +55,17 @@ class Stored:
         return math.prod(self.shape) * self.itemsize
 
     def read(self, *place: slice) -> np.ndarray:
-        """A copy of this part of the tensor, in the file's dtype; only its pages are touched."""
-        if not math.prod(self.shape):
-            return np.zeros(self.shape, DTYPES[self.dtype])
+        """A copy of this part of the tensor, in the file's dtype; only its rows are mapped, only its pages touched."""
+        dtype = DTYPES[self.dtype]
         if not self.shape:
-            return np.fromfile(self.file, DTYPES[self.dtype], 1, offset=self.offset).reshape(())
-        tensor = np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.offset, shape=self.shape)
-        return np.array(tensor[place])
+            return np.fromfile(self.file, dtype, 1, offset=self.offset).reshape(())
+        first = place[0] if place and isinstance(place[0], slice) else slice(None)
+        start, stop, _ = first.indices(self.shape[0])
+        shape = (max(0, stop - start), *self.shape[1:])
+        if not math.prod(shape):
+            return np.zeros(shape, dtype)[(slice(None), *place[1:])]
+        offset = self.offset + start * math.prod(self.shape[1:]) * self.itemsize
+        return np.array(np.memmap(self.file, dtype, mode="r", offset=offset, shape=shape)[(slice(None), *place[1:])])
 
 
 def open_folder(folder: Path | str) -> dict[str, Stored]:
