@@ -1,10 +1,12 @@
 """Twelve known mistakes are each seen by the parity checks."""
 
 import mutations
+import pytest
 
 from dsjax.model import mla
 
 
+@pytest.mark.slow
 def test_every_known_mistake_is_caught(capsys):
     assert len(mutations.MISTAKES) == 12
     assert mutations.run(mutations.MISTAKES) == []
