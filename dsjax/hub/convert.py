@@ -8,6 +8,7 @@ dtype, the FP8 scales, and tensors that have no place in our model.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -61,7 +62,6 @@ def import_checkpoint(
     with _beside(target, total) as folder:
         _run_files(hub, folder, dtype, say)
         out = LeafFolder(folder / "checkpoints" / "0")
-        copied = [t for t in hub.tensors if t.copy]
         read = sum(hub.files[t.name].n_bytes for t in hub.tensors if not t.copy)
         with _bar(read, "importing", progress) as bar, ThreadPoolExecutor(WORKERS) as pool:
             for leaf, group in leaves.items():
@@ -70,7 +70,7 @@ def import_checkpoint(
             for leaf, shape in biases.items():
                 out.create(leaf, shape, np.dtype(np.float32), shape).write(np.zeros(shape, np.float32)).result()
         out.finish([*leaves, *biases])
-        _keep_side(hub, folder / "hub", hub.differing_copies() if copied else [], say)
+        _keep_side(hub, folder / "hub", hub.differing_copies(), say)
 
 
 def export_checkpoint(
@@ -128,20 +128,18 @@ class _Exporter:
     """A tensor's rows, piece by piece, then its scales."""
 
     def __init__(self, leaves: LeafFolder, scales: dict[str, Stored], extra: dict[str, Stored], ue8m0: bool, bar):
-        self.leaves, self.scales, self.extra, self.ue8m0, self.bar = leaves, scales, extra, ue8m0, bar
-        self.name, self.leaf = None, None
+        self.scales, self.extra, self.ue8m0, self.bar = scales, extra, ue8m0, bar
+        self.leaf = functools.cache(leaves.open)  # the Hub's order goes through all leaves, layer by layer
 
     def rows(self, t: HubTensor, weights: Planned, scale: Planned | None) -> Iterator[np.ndarray]:
         """What write_shards takes for the tensor, and for its scales behind it."""
-        if t.leaf != self.name:
-            self.name, self.leaf = t.leaf, self.leaves.open(t.leaf)
         found = []
         for place in pieces(t):
             where = t.file_slices(place)
             if t.name in self.extra:
                 rows = self.extra[t.name].read(*where)
             else:
-                block = self.leaf[(*t.index, *place)].read().result()
+                block = self.leaf(t.leaf)[(*t.index, *place)].read().result()
                 rows, its_scale = self._format(np.ascontiguousarray(t.to_hub(block)), t, where, weights)
                 found += [its_scale] if scale else []
             self.bar.update(rows.nbytes)

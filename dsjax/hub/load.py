@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import P
 from tqdm import tqdm
 
 from dsjax import config as configuration
@@ -28,7 +27,7 @@ from dsjax.hub.names import HubTensor
 from dsjax.model.transformer import DeepSeek, init_router_bias
 from dsjax.precision import cast_weights, weight_name
 from dsjax.state import Batch, RouterBias
-from dsjax.train.checkpoint import Checkpoints, abstract_state
+from dsjax.train.checkpoint import Checkpoints, abstract, abstract_state
 from sharding.mesh import make_mesh
 from sharding.rules import spec
 
@@ -131,17 +130,7 @@ def _shards(mesh) -> list[int]:
 def _like(config: Config, mesh) -> DeepSeek:
     """Shapes, dtypes and shardings of the weights in the compute format."""
     make = lambda: cast_weights(DeepSeek(config.model, rngs=nnx.Rngs(0)), config.compute.dtype)  # noqa: E731
-    return _on_mesh(make, mesh)
-
-
-def _on_mesh(make, mesh):
-    with jax.set_mesh(mesh):
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(
-                a.shape, a.dtype, sharding=jax.NamedSharding(mesh, a.sharding.spec if a.sharding else P())
-            ),
-            jax.eval_shape(make),
-        )
+    return abstract(make, mesh)
 
 
 def _load_hub(folder: Path, dtype: str, mesh, progress: bool, say) -> Loaded:
@@ -158,7 +147,7 @@ def _load_hub(folder: Path, dtype: str, mesh, progress: bool, say) -> Loaded:
         model=hub.model,
         compute=ComputeConfig(dtype=dtype),
     )
-    like = {"model": _like(config, mesh), "router_bias": _on_mesh(lambda: init_router_bias(hub.model), mesh)}
+    like = {"model": _like(config, mesh), "router_bias": abstract(lambda: init_router_bias(hub.model), mesh)}
     places: dict[str, dict[tuple[int, ...], HubTensor]] = {}
     for t in hub.tensors:
         if not t.copy:

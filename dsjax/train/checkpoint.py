@@ -6,6 +6,7 @@ A checkpoint has three items: `model` (weights, their average, router bias), whi
 
 import contextlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +146,18 @@ def imported(run_folder: Path) -> bool:
 
 def abstract_state(config: Config, mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state on `mesh`, with no array made."""
+    return abstract(lambda: init_state(config), mesh)
+
+
+def abstract(make: Callable[[], Any], mesh) -> Any:
+    """The same of whatever `make` makes."""
 
     def on_mesh(a):  # eval_shape names an abstract mesh, or nothing when replicated; Orbax needs devices
         sharding = jax.NamedSharding(mesh, a.sharding.spec if a.sharding else P())
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
 
     with jax.set_mesh(mesh):
-        return jax.tree.map(on_mesh, jax.eval_shape(lambda: init_state(config)))
+        return jax.tree.map(on_mesh, jax.eval_shape(make))
 
 
 def names(tree) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from dsjax.config import ModelConfig, RopeScaling, replace
 from dsjax.hub import fp8
 from dsjax.hub.config import to_hub
-from dsjax.hub.files import DTYPES, Planned, plan_shards, write_shards
+from dsjax.hub.files import DTYPES, NAMES, Planned, plan_shards, write_shards
 from dsjax.hub.names import hub_tensors
 
 YARN = RopeScaling(factor=4, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
@@ -57,8 +57,7 @@ def write(folder: Path, tensors: dict[str, np.ndarray], cfg: ModelConfig, *, sha
     """The folder with config.json, whose fields are changed by `changes` (None removes one)."""
     is_fp8 = any(a.dtype == fp8.E4M3 for a in tensors.values())
     write_config(folder, cfg, is_fp8=is_fp8, **changes)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    planned = [Planned(n, names[a.dtype], a.shape) for n, a in tensors.items()]
+    planned = [Planned(n, NAMES[a.dtype], a.shape) for n, a in tensors.items()]
     write_shards(folder, plan_shards(planned, shard_bytes), (a for a in tensors.values() if a.size))
     return folder
 

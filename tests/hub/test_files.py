@@ -11,7 +11,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax.hub.files import DTYPES, INDEX, HubError, Planned, open_folder, plan_shards, read_header, write_shards
+from dsjax.hub.files import INDEX, NAMES, HubError, Planned, open_folder, plan_shards, read_header, write_shards
 
 TENSORS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -22,8 +22,7 @@ TENSORS = {
 
 
 def plan(tensors):
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return [Planned(name, names[a.dtype], a.shape) for name, a in tensors.items()]
+    return [Planned(name, NAMES[a.dtype], a.shape) for name, a in tensors.items()]
 
 
 def write(folder, tensors, shard_bytes=1 << 30):
