@@ -32,6 +32,7 @@ from dsjax.config import (
 from dsjax.plan import count
 from dsjax.plan.count import human
 
+SHORT = {"overlap": "compute.overlap"}  # options that need no section
 OPTION = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)  # "-- a comment" is a value, "--steps" is not
 
 
@@ -90,6 +91,7 @@ class Verb(click.Command):
                 rest.append(arg)
                 continue
             field = name[2:].replace("-", "_")
+            field = SHORT.get(field, field)
             if name not in own and not self._is_field(name, field):
                 raise ConfigError(_unknown_option(arg, [*own, *map(_option, self.fields)]))
             if not equals:

@@ -229,6 +229,28 @@ class ComputeConfig:
     grouped_matmul: Literal["auto", "tiles", "ragged_dot", "reference"] = Field(
         "auto", description="implementation of the expert matmul; auto chooses by platform"
     )
+    exchange: Literal["auto", "ragged", "gather"] = Field(
+        "auto", description="how rows go to their experts' devices; auto chooses by platform"
+    )
+    expert_buffer: float | None = Field(
+        1.5,
+        gt=0,
+        description="room for rows on an expert's device, over that of even loads; none = for all that can come",
+    )
+    on_overflow: Literal["redo", "drop"] = Field(
+        "redo", description="rows without room: take the step again with twice the room, or leave them out"
+    )
+    expert_groups: int = Field(
+        1, gt=0, description="groups of devices along mesh.expert; a token crosses to each once; 1 = flat"
+    )
+    overlap: Literal["none", "batch-split"] = Field(
+        "none", description="each layer on two half-batches, so that one's tokens travel while the other computes"
+    )
+
+
+def more_room(compute: ComputeConfig) -> ComputeConfig:
+    """The same with twice the room for rows in the experts' buffers."""
+    return replace(compute, expert_buffer=2 * compute.expert_buffer)
 
 
 @_config

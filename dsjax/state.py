@@ -83,5 +83,6 @@ class Metrics:
     grad_norm: jax.Array  # [] before clipping
     load: RouterBias  # [layers, E] tokens routed to each expert
     max_vio: jax.Array  # [layers + depth] MaxVio of each MoE layer
+    overflow: jax.Array  # [] int32, rows and pairs of this step that did not fit the experts' buffers
     skipped: jax.Array  # [] steps skipped so far
     skipped_in_a_row: jax.Array  # []

@@ -1,9 +1,16 @@
 """Tokens to the devices that own their experts, and back. Called inside `jax.shard_map`; arrays are one device's part.
 
-Every device of an `expert` group gathers the group's tokens, keeps the pairs (token, expert) whose expert it owns, and
-the results are summed back to the tokens' owners. Nothing is dropped, whatever the load.
+A token's row goes once to each device that owns one of its experts, with its choices beside it, and is spread there to
+pairs (row, expert). Where the devices along `expert` form groups, joined by a slow network, a row crosses once to each
+group that it needs, to the device of its sender's own place there, and fans out inside (arXiv:2412.19437, section
+3.2.2). Results return by the same ways, summed where rows had been copied.
+
+Shapes are fixed, so rows arrive in buffers, whose sizes `Buffers` sets. What does not fit is left out and counted.
 """
 
+import functools
+import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -12,67 +19,182 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from sharding.ragged import Side, exchange
+
+_AXIS = "expert"
+_MULTIPLE = 8  # of rows, for buffers that are not as large as they can be
+
+
+class Buffers(NamedTuple):
+    """How many rows the buffers hold, and how they are filled."""
+
+    factor: float | None = None  # times the rows of even loads; None: as many as can come, nothing is ever left out
+    groups: int = 1  # of the devices along `expert`; a row crosses to each group once
+    topk_groups: int | None = None  # the most groups that a token's experts lie in; None for any number
+    exchange: str = "auto"  # implementation of `sharding.ragged.exchange`
+
+    def rows(self, even: int | float, most: int) -> int:
+        """Size of a buffer to which `even` rows come with even loads, and `most` at most."""
+        if self.factor is None:
+            return most
+        return min(most, -(-math.ceil(self.factor * even) // _MULTIPLE) * _MULTIPLE)
+
+
+class Fan(NamedTuple):
+    """Rows and the copies made of them; a number past the end stands for none."""
+
+    row: jax.Array  # [S] int32, of each copy
+    copies: jax.Array  # [R, m] int32, of each row
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["fan", "out", "back"],
+    meta_fields=["rows", "peers", "implementation"],
+)
+@dataclass(frozen=True)
+class Way:
+    """How rows were copied, sorted by peer and sent."""
+
+    fan: Fan
+    out: Side
+    back: Side
+    rows: int  # of the buffer that they arrive in
+    peers: tuple[tuple[int, ...], ...]  # groups of devices that exchange among themselves
+    implementation: str
+
 
 class Plan(NamedTuple):
-    """Order of the (token, choice) pairs by local expert; pairs of other devices' experts come last."""
+    """What the experts have to do, and what `combine` needs to know."""
 
-    order: jax.Array  # [M] int32, pair at each sorted row
-    inverse: jax.Array  # [M] int32, sorted row of each pair
-    group_sizes: jax.Array  # [E_local] int32
+    ways: tuple[Way, ...]
+    fan: Fan  # rows that arrived to pairs (row, expert), sorted by expert
+    group_sizes: jax.Array  # [E_local] int32, pairs of each local expert
+    overflow: jax.Array  # [] int32, rows and pairs of this device that did not fit
 
 
 def dispatch(
-    x: Float[Array, "N D"], indices: Int[Array, "N K"], weights: Float[Array, "N K"], n_local_experts: int
+    x: Float[Array, "N D"],
+    indices: Int[Array, "N K"],
+    weights: Float[Array, "N K"],
+    n_local_experts: int,
+    buffers: Buffers = Buffers(),
 ) -> tuple[Float[Array, "M D"], Float[Array, "M"], Plan]:
-    """Rows sorted by local expert, each row's weight, and the plan to bring results back (M = tokens of group * K)."""
-    if lax.axis_size("expert") > 1:
-        gathered = (lax.all_gather(a, "expert", tiled=True) for a in (x, indices, weights))
-        x, indices, weights = (checkpoint_name(a, "dispatched") for a in gathered)  # not to be sent again
-    local = indices.reshape(-1) - lax.axis_index("expert") * n_local_experts
-    local = jnp.where((local >= 0) & (local < n_local_experts), local, n_local_experts)
+    """Each pair's row and weight, sorted by local expert, and the plan to bring results back.
+
+    M is set by `buffers`; places after the last pair are zeros.
+    """
+    (n, k), n_devices = indices.shape, lax.axis_size(_AXIS)
+    inner = n_devices // buffers.groups  # devices of a group
+    to_groups = min(buffers.groups, k, buffers.topk_groups or k)
+    # With a row travel its weights and its choices, these counted from 1 (0 is none), in float32: exact up to 2**24.
+    said = jnp.concatenate([weights, lax.stop_gradient(indices + 1).astype(weights.dtype)], axis=1)
+    ways, lost = [], [jnp.int32(0)]
+    me = lax.axis_index(_AXIS)
+
+    def owners() -> Int[Array, "R K"]:
+        return jnp.where(said[:, k:] > 0, (said[:, k:].astype(jnp.int32) - 1) // n_local_experts, -1)
+
+    if buffers.groups > 1:
+        peers = tuple(tuple(range(i, n_devices, inner)) for i in range(inner))
+        arriving = buffers.rows(n * to_groups, n * buffers.groups)
+        way, left = _way(owners() // inner, peers, to_groups, n * to_groups, arriving, buffers.exchange)
+        x, said, ways, lost = _send(x, way), _send(said, way), [*ways, way], [*lost, left]
+    if inner > 1:
+        peers = tuple(tuple(range(i, i + inner)) for i in range(0, n_devices, inner))
+        place = jnp.where(owners() // inner == me // inner, owners() % inner, -1)
+        copies, here = min(k, inner), x.shape[0]
+        even = n * to_groups * inner * (1 - (1 - 1 / inner) ** (k / to_groups))  # choices at random
+        leaving = buffers.rows(even, here * copies) if ways else here * copies
+        way, left = _way(place, peers, copies, leaving, buffers.rows(even, here * inner), buffers.exchange)
+        x, said, ways, lost = _send(x, way), _send(said, way), [*ways, way], [*lost, left]
+    if ways:
+        x, said = (checkpoint_name(a, "dispatched") for a in (x, said))  # not to be sent again
+
+    here = x.shape[0]
+    size = buffers.rows(n * k, here * min(k, n_local_experts)) if ways else n * k
+    local = said[:, k:].astype(jnp.int32) - 1 - me * n_local_experts
+    pairs, places, group_sizes, left = _sort(local, n_local_experts, size)
+    fan = Fan(jnp.where(pairs < here * k, pairs // k, here), places)
+    pair_weights = _spread(said[:, :k].reshape(-1, 1), Fan(pairs, places.reshape(-1, 1)))[:, 0]
+    return _spread(x, fan), pair_weights, Plan(tuple(ways), fan, group_sizes, sum([*lost, left]))
+
+
+def combine(y: Float[Array, "M D"], plan: Plan) -> Float[Array, "N D"]:
+    """Sum of each token's pairs, at the token's device. Pairs are already weighted."""
+    y = _collect(y, plan.fan)
+    for way in reversed(plan.ways):
+        y = _return(y, way)
+    return lax.psum(y, "tensor")
+
+
+def _way(
+    to: Int[Array, "R K"], peers, copies: int, leaving: int, arriving: int, implementation: str
+) -> tuple[Way, Int[Array, ""]]:
+    """How each row goes to the peers named in `to` (negative for none), once to each; and how many did not fit."""
+    n_peers, n_rows = len(peers[0]), to.shape[0]
+    wanted = jnp.any(to[:, :, None] == jnp.arange(n_peers), axis=1)  # [R, P]
+    place = jnp.cumsum(wanted.T.reshape(-1), dtype=jnp.int32).reshape(n_peers, n_rows).T - 1  # sorted by peer
+    place = jnp.where(wanted & (place < leaving), place, leaving)
+    places = jnp.sort(place, axis=1)[:, :copies]
+    row = jnp.full((leaving,), n_rows, jnp.int32)
+    row = row.at[places].set(jnp.arange(n_rows, dtype=jnp.int32)[:, None], mode="drop")
+
+    sizes = jnp.sum(place < leaving, axis=0, dtype=jnp.int32)
+    sizes = lax.all_gather(sizes, _AXIS, axis_index_groups=peers)  # [sender, receiver]
+    starts = jnp.cumsum(sizes, axis=1) - sizes  # at the sender
+    lands = jnp.minimum(jnp.cumsum(sizes, axis=0) - sizes, arriving)  # at the receiver
+    taken = jnp.minimum(sizes, arriving - lands)
+    me = jnp.argmax(jnp.asarray(peers) == lax.axis_index(_AXIS)) % n_peers
+    out = Side(starts[me], taken[me], lands[me])
+    back = Side(lands[:, me], taken[:, me], starts[:, me])
+    lost = jnp.sum(wanted, dtype=jnp.int32) - jnp.sum(taken[me])
+    return Way(Fan(row, places), out, back, arriving, peers, implementation), lost
+
+
+def _sort(local: Int[Array, "R K"], n_experts: int, size: int):
+    """Pairs in the order of their expert, the first `size` of them: (pair at each place, place of each pair, pairs of
+    each expert, how many did not fit). Choices outside 0 .. n_experts - 1 are other devices'."""
+    shape, n_pairs = local.shape, local.size
+    local = jnp.where((local >= 0) & (local < n_experts), local, n_experts).reshape(-1)
     order = jnp.argsort(local, stable=True).astype(jnp.int32)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
-    group_sizes = jnp.sum(local[:, None] == jnp.arange(n_local_experts), axis=0, dtype=jnp.int32)
-    plan = Plan(order, inverse, group_sizes)
-    return _spread(x, plan, indices.shape[1]), _permute(weights.reshape(-1), order, inverse), plan
+    place = jnp.zeros_like(order).at[order].set(jnp.arange(n_pairs, dtype=jnp.int32), unique_indices=True)
+    counts = jnp.sum(local[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
+    stops = jnp.minimum(jnp.cumsum(counts), size)
+    in_use = jnp.arange(size) < stops[-1]
+    pairs = jnp.where(in_use, jnp.pad(order, (0, max(0, size - n_pairs)))[:size], n_pairs)
+    places = jnp.where((local < n_experts) & (place < size), place, size)
+    return pairs, places.reshape(shape), jnp.diff(stops, prepend=0), jnp.sum(counts) - stops[-1]
 
 
-def combine(y: Float[Array, "M D"], plan: Plan, num_experts_per_tok: int) -> Float[Array, "N D"]:
-    """Sum of each token's rows, at the token's owner. Rows are already weighted."""
-    y = _collect(y, plan, num_experts_per_tok)
-    return lax.psum(lax.psum_scatter(y, "expert", tiled=True), "tensor")
+# Copying rows and summing copies are each other's gradient, and so are sending and returning. Both are written as
+# gathers: the gradient of one by itself would be a scatter-add, row after row.
+def _spread(x, fan):
+    return x.at[fan.row].get(mode="fill", fill_value=0)
 
 
-# A gather's gradient would be a scatter-add, row after row; as rows are permuted, it is a gather by the inverse.
-@jax.custom_vjp
-def _permute(x, order, inverse):
-    return x[order]
+def _collect(y, fan):
+    return jnp.sum(y.at[fan.copies].get(mode="fill", fill_value=0), axis=1)
 
 
-_permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
+def _send(x, way):
+    return exchange(_spread(x, way.fan), way.rows, way.out, way.back, _AXIS, way.peers, way.implementation)
 
 
-def _spread_fwd(x, plan, k):
-    return x[plan.order // k], plan
+def _return(y, way):
+    n_copies = way.fan.row.shape[0]
+    return _collect(exchange(y, n_copies, way.back, way.out, _AXIS, way.peers, way.implementation), way.fan)
 
 
-def _spread_bwd(k, plan, dy):
-    return _sum_choices(dy, plan, k), None
+def _transposes(one, other):
+    """Both functions of (array, plan) with each other as gradient."""
+    pair = []
+    for forward, backward in ((one, other), (other, one)):
+        linear = jax.custom_vjp(forward)
+        linear.defvjp(lambda x, plan, f=forward: (f(x, plan), plan), lambda plan, dy, b=backward: (b(dy, plan), None))
+        pair.append(linear)
+    return pair
 
 
-def _collect_fwd(y, plan, k):
-    return _sum_choices(y, plan, k), plan
-
-
-def _collect_bwd(k, plan, dz):
-    return dz[plan.order // k], None
-
-
-def _sum_choices(y, plan, k):
-    return jnp.sum(y[plan.inverse].reshape(-1, k, y.shape[1]), axis=1)
-
-
-_spread = jax.custom_vjp(lambda x, plan, k: _spread_fwd(x, plan, k)[0], nondiff_argnums=(2,))
-_spread.defvjp(_spread_fwd, _spread_bwd)
-_collect = jax.custom_vjp(lambda y, plan, k: _collect_fwd(y, plan, k)[0], nondiff_argnums=(2,))
-_collect.defvjp(_collect_fwd, _collect_bwd)
+_spread, _collect = _transposes(_spread, _collect)
+_send, _return = _transposes(_send, _return)

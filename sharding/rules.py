@@ -1,6 +1,7 @@
 """What a dimension is, and which mesh axes it is spread over: the one table that maps the former to the latter."""
 
 import jax
+import jax.numpy as jnp
 from jax import P
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -14,6 +15,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "vocab": "tensor",
     "layers": None,
 }
+TOKEN_AXES = ("data", "fsdp", "expert", "context")  # those that tokens are spread over
 
 
 def spec(*names: str | None) -> P:
@@ -49,6 +51,25 @@ def as_tokens(rows: jax.Array, like: jax.Array, *features: int) -> jax.Array:
         return rows.reshape(b, t, -1, *features[1:])
 
     return jax.shard_map(local, in_specs=over, out_specs=P(batch, seq, over[1]))(rows)
+
+
+def halves(tree) -> tuple:
+    """Two trees of arrays, with the first and the second half of each device's own rows [B, ...]; nothing is sent."""
+
+    def local(tree):
+        leaves, kind = jax.tree.flatten(tree)
+        return tuple(map(kind.unflatten, zip(*(jnp.split(a, 2) for a in leaves))))
+
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, tree)
+    return jax.shard_map(local, in_specs=(specs,), out_specs=(specs, specs))(tree)
+
+
+def join(first: jax.Array, second: jax.Array) -> jax.Array:
+    """`halves` undone."""
+    layout = jax.typeof(first).sharding.spec
+    return jax.shard_map(lambda *both: jnp.concatenate(both), in_specs=(layout, layout), out_specs=layout)(
+        first, second
+    )
 
 
 def _together(*axes: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -8,14 +8,14 @@ from flax import nnx
 from jax import P, lax
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ModelConfig
+from dsjax.config import ComputeConfig, ModelConfig, replace
 from dsjax.model.router import Router
 from dsjax.nn import SwiGLU, param
 from dsjax.state import Routing
 from pallas_kernels.grouped_matmul import choose, grouped_swiglu, slice_float32
 from pallas_kernels.row_matmul import row_matmul
-from sharding.dispatch import combine, dispatch
-from sharding.rules import constrain, spec
+from sharding.dispatch import Buffers, combine, dispatch
+from sharding.rules import TOKEN_AXES, constrain, spec
 
 
 class RoutedExperts(nnx.Module):
@@ -26,14 +26,19 @@ class RoutedExperts(nnx.Module):
         self.w_gate = param(rngs, (e, d, f), ("experts", "embed", "ff"), std)
         self.w_up = param(rngs, (e, d, f), ("experts", "embed", "ff"), std)
         self.w_down = param(rngs, (e, f, d), ("experts", "ff", "embed"), std)
+        self.cfg = cfg
 
-    def __call__(self, x: Float[Array, "B T D"], routing: Routing, implementation: str) -> Float[Array, "B T D"]:
-        """Weighted sum of each token's experts."""
+    def __call__(
+        self, x: Float[Array, "B T D"], routing: Routing, compute: ComputeConfig
+    ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
+        """Weighted sum of each token's experts, and how many rows and pairs had no room and are left out."""
         tokens, up, down = spec("batch", "seq", None), spec("experts", None, "ff"), spec("experts", "ff", None)
         return jax.shard_map(
-            functools.partial(_experts_of_device, implementation=implementation),
+            functools.partial(
+                _experts_of_device, buffers=self._buffers(compute), implementation=compute.grouped_matmul
+            ),
             in_specs=(tokens, tokens, tokens, up, up, down),
-            out_specs=tokens,
+            out_specs=(tokens, P()),
             check_vma=False,
         )(
             x,
@@ -44,16 +49,22 @@ class RoutedExperts(nnx.Module):
             constrain(self.w_down[...], "experts", "ff", None),
         )
 
-    def decode(self, x: Float[Array, "B T D"], routing: Routing, implementation: str) -> Float[Array, "B T D"]:
-        """The same, quick for a single token on a CPU."""
+    def decode(self, x: Float[Array, "B T D"], routing: Routing, compute: ComputeConfig) -> Float[Array, "B T D"]:
+        """The same, quick for a single token on a CPU; whatever the loads, nothing is left out."""
         alone = x.shape[:2] == (1, 1) and jax.typeof(x).sharding.mesh.size == 1
-        if not alone or choose(implementation) != "tiles":
-            return self(x, routing, implementation)
+        if not alone or choose(compute.grouped_matmul) != "tiles":
+            return self(x, routing, replace(compute, expert_buffer=None))[0]
         arguments = x, routing.indices, routing.weights, self.w_gate[...], self.w_up[...], self.w_down[...]
         y = jax.shard_map(_one_token, in_specs=(P(),) * len(arguments), out_specs=P(), check_vma=False)(
             *(jax.reshard(a, P()) for a in arguments)
         )
         return constrain(y, "batch", "seq", None)
+
+    def _buffers(self, compute: ComputeConfig) -> Buffers:
+        n_group, groups = self.cfg.n_group, compute.expert_groups
+        # Where a group of devices holds whole groups of experts, a token's choices lie in topk_group of them.
+        limit = self.cfg.topk_group if n_group % groups == 0 else None
+        return Buffers(compute.expert_buffer, groups, limit, compute.exchange)
 
 
 def _one_token(
@@ -83,16 +94,15 @@ def _experts_of_device(
     w_up: Float[Array, "E D F"],
     w_down: Float[Array, "E F D"],
     *,
+    buffers: Buffers,
     implementation: str,
-) -> Float[Array, "B T D"]:
+) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
     """One device's part: its tokens out to the experts' owners, its experts' work, its tokens back."""
-    b, t, d = x.shape
-    k = indices.shape[-1]
-    flat = (x.reshape(b * t, d), indices.reshape(b * t, k), weights.reshape(b * t, k))
-    rows, row_weights, plan = dispatch(*flat, n_local_experts=w_gate.shape[0])
+    flat = (a.reshape(-1, a.shape[-1]) for a in (x, indices, weights))
+    rows, row_weights, plan = dispatch(*flat, n_local_experts=w_gate.shape[0], buffers=buffers)
     weights = w_gate, w_up, w_down
     y = grouped_swiglu(rows, row_weights, *weights, plan.group_sizes, implementation=implementation)
-    return combine(y, plan, k).reshape(b, t, d)
+    return combine(y, plan).reshape(x.shape), lax.psum(plan.overflow, TOKEN_AXES)
 
 
 class MoE(nnx.Module):
@@ -107,17 +117,18 @@ class MoE(nnx.Module):
         self.n_shared_experts = cfg.n_shared_experts
 
     def __call__(
-        self, x: Float[Array, "B T D"], bias: Float[Array, "E"], implementation: str = "auto"
-    ) -> tuple[Float[Array, "B T D"], Routing]:
-        """The layer's output and where its tokens went."""
+        self, x: Float[Array, "B T D"], bias: Float[Array, "E"], compute: ComputeConfig = ComputeConfig()
+    ) -> tuple[Float[Array, "B T D"], Routing, Int[Array, ""]]:
+        """The layer's output, where its tokens went, and how many rows and pairs did not fit the experts' buffers."""
         routing = self.router(x, bias)
-        return self._with_shared(x, self.experts(x, routing, implementation)), routing
+        y, overflow = self.experts(x, routing, compute)
+        return self._with_shared(x, y), routing, overflow
 
     def decode(
-        self, x: Float[Array, "B T D"], bias: Float[Array, "E"], implementation: str = "auto"
+        self, x: Float[Array, "B T D"], bias: Float[Array, "E"], compute: ComputeConfig = ComputeConfig()
     ) -> Float[Array, "B T D"]:
         """The output for new tokens of a decoding step."""
-        return self._with_shared(x, self.experts.decode(x, self.router(x, bias), implementation))
+        return self._with_shared(x, self.experts.decode(x, self.router(x, bias), compute))
 
     def _with_shared(self, x, y):
         return y + self.shared(x) if self.n_shared_experts else y

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import BalanceConfig, ComputeConfig, ModelConfig
+from dsjax.config import BalanceConfig, ComputeConfig, ModelConfig, replace
 from dsjax.model.balance import balance_losses, expert_load
 from dsjax.model.mla import MHA, MLA, Absorbed, Rope
 from dsjax.model.moe import MoE
@@ -16,7 +16,7 @@ from dsjax.model.mtp import MTPInput, hide, look_ahead
 from dsjax.model.rope import rope_tables
 from dsjax.nn import RMSNorm, SwiGLU, param, stack
 from dsjax.state import Batch, Cache, KVCache, LatentCache, RouterBias
-from sharding.rules import constrain, spec
+from sharding.rules import constrain, halves, join, spec
 
 # What remat=deepseek keeps for the backward pass; norms, up-projections and SwiGLU outputs are computed again.
 _SAVED = ("attn_latent", "attn_out", "attn_residual", "routing", "dispatched", "mlp_gate", "mlp_up")
@@ -29,6 +29,7 @@ class Outputs(NamedTuple):
     mtp_hidden: tuple[jax.Array, ...]  # each depth's [B, T, D] after its own norm
     load: RouterBias  # tokens routed to each expert, [layers, E] each
     balance: dict[str, jax.Array]
+    overflow: jax.Array  # [] int32, rows and pairs that did not fit the experts' buffers, of all layers
 
 
 class Layers(NamedTuple):
@@ -46,6 +47,7 @@ class Layer(NamedTuple):
 
     load: jax.Array  # [E]
     balance: dict[str, jax.Array]
+    overflow: jax.Array  # []
 
 
 class Block(nnx.Module):
@@ -68,29 +70,27 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B T"],
         bias: Float[Array, "E"] | None,
         balance: BalanceConfig,
-        implementation: str,
+        compute: ComputeConfig,
     ) -> tuple[Float[Array, "B T D"], LatentCache | KVCache, Layer | None]:
         """x after the block, what decoding will need of its tokens, and an MoE block's load."""
         y, past = self.attn(self.attn_norm(x), rope, segment_ids)
-        x, layer = self._feed_forward(
-            checkpoint_name(x + y, "attn_residual"), segment_ids, bias, balance, implementation
-        )
+        x, layer = self._feed_forward(checkpoint_name(x + y, "attn_residual"), segment_ids, bias, balance, compute)
         return x, past, layer
 
-    def decode(self, x, rope, cache, length, bias, implementation, absorbed):
+    def decode(self, x, rope, cache, length, bias, compute, absorbed):
         """The same for new tokens on a cache: x after the block, and the longer cache."""
         y, cache = self.attn.decode(self.attn_norm(x), rope, cache, length, absorbed)
         x = x + y
         if self.kind == "dense":
             return x + self.ffn(self.ffn_norm(x)), cache
-        return x + self.ffn.decode(self.ffn_norm(x), bias, implementation), cache
+        return x + self.ffn.decode(self.ffn_norm(x), bias, compute), cache
 
-    def _feed_forward(self, x, segment_ids, bias, balance, implementation):
+    def _feed_forward(self, x, segment_ids, bias, balance, compute):
         if self.kind == "dense":
             return x + self.ffn(self.ffn_norm(x)), None
-        y, routing = self.ffn(self.ffn_norm(x), bias, implementation)
+        y, routing, overflow = self.ffn(self.ffn_norm(x), bias, compute)
         valid = segment_ids > 0
-        return x + y, Layer(expert_load(routing, valid), balance_losses(routing, valid, self.cfg, balance))
+        return x + y, Layer(expert_load(routing, valid), balance_losses(routing, valid, self.cfg, balance), overflow)
 
 
 class DeepSeek(nnx.Module):
@@ -118,8 +118,15 @@ class DeepSeek(nnx.Module):
         rope = rope_tables(batch.positions, self.cfg)
 
         def block(x, layer, bias, segment_ids):
-            x, _, said = layer(x, rope, segment_ids, bias, balance, compute.grouped_matmul)
-            return x, said
+            def whole(x, rope, segment_ids):
+                x, _, said = layer(x, rope, segment_ids, bias, balance, compute)
+                return x, said
+
+            if compute.overlap == "none":
+                return whole(x, rope, segment_ids)
+            # Neither half waits for the other: what one sends may travel while the other computes.
+            (x, said), (y, also) = (whole(*half) for half in halves((x, rope, segment_ids)))
+            return join(x, y), jax.tree.map(jnp.add, said, also)
 
         block = remat(block, compute.remat)
         x = self._embed(batch.tokens, compute)
@@ -141,7 +148,8 @@ class DeepSeek(nnx.Module):
         mtp_said = _stack_leaves(depths) if depths else jax.tree.map(lambda a: a[:0], said)
 
         losses = jax.tree.map(lambda a, b: jnp.sum(a) + jnp.sum(b), said.balance, mtp_said.balance)
-        return Outputs(hidden, tuple(mtp_hidden), RouterBias(said.load, mtp_said.load), losses)
+        overflow = jnp.sum(said.overflow) + jnp.sum(mtp_said.overflow)
+        return Outputs(hidden, tuple(mtp_hidden), RouterBias(said.load, mtp_said.load), losses, overflow)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the vocabulary, float32."""
@@ -156,9 +164,10 @@ class DeepSeek(nnx.Module):
         Rows are padded on the right with segment 0. Expanded form.
         """
         rope = rope_tables(batch.positions, self.cfg)
+        exact = replace(compute, expert_buffer=None)
 
         def block(x, layer, bias):
-            x, past, _ = layer(x, rope, batch.segment_ids, bias, BalanceConfig(), compute.grouped_matmul)
+            x, past, _ = layer(x, rope, batch.segment_ids, bias, BalanceConfig(), exact)
             return x, past
 
         x = self._embed(batch.tokens, compute)
@@ -191,7 +200,7 @@ class DeepSeek(nnx.Module):
 
         def block(x, layer, past, bias):
             layer, absorbed = layer
-            return layer.decode(x, rope, past, cache.length, bias, compute.grouped_matmul, absorbed)
+            return layer.decode(x, rope, past, cache.length, bias, compute, absorbed)
 
         x = self._embed(tokens, compute)
         dense, moe = layers or ((self.dense, None), (self.moe, None))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from dsjax import config as configuration
-from dsjax.config import ComputeConfig, Config, ConfigError, DataConfig
+from dsjax.config import ComputeConfig, Config, ConfigError, DataConfig, more_room
 from dsjax.data.corpus import compressors_bpb
 from dsjax.data.documents import TokenizedDocuments
 from dsjax.data.pipeline import Corpus, heldout_rows, load_corpus
@@ -49,12 +49,16 @@ class Heldout:
         return result | {name: self.facts[name] for name in ("gzip_bpb", "xz_bpb")}
 
     def _measure(self, model, router_bias) -> dict[str, float]:
-        sums = np.zeros(2)
+        sums = np.zeros(3)
         for start in range(0, len(self.rows["tokens"]), self.size):
             rows = {name: a[start : start + self.size] for name, a in self.rows.items()}
             batch = on_mesh(rows, self.mesh, whole=True)
-            sums += np.asarray(_nats(self.compute)(model, batch, router_bias), np.float64)
-        nats, tokens = sums.tolist()
+            while (result := np.asarray(_nats(self.compute)(model, batch, router_bias), np.float64))[2]:
+                if self.compute.on_overflow == "drop":
+                    break
+                self.compute = more_room(self.compute)
+            sums += result
+        nats, tokens, _ = sums.tolist()
         return {"heldout_nats": nats / tokens, "heldout_bpb": nats / math.log(2) / self.n_bytes}
 
 

@@ -40,6 +40,14 @@ def device_mesh(config: Config):
     ):
         if value % size:
             raise ConfigError(f"mesh: {axes} = {size} does not divide {field} = {value}")
+    groups, own = config.compute.expert_groups, config.batch_size // config.accumulate // rows
+    if shape["expert"] % groups:
+        raise ConfigError(f"compute.expert_groups={groups}: expected a divisor of mesh.expert={shape['expert']}")
+    if config.compute.overlap == "batch-split" and own % 2:
+        raise ConfigError(
+            f"compute.overlap=batch-split: expected an even number of rows on a device, got {own} "
+            f"(batch_size / accumulate / (data * fsdp * expert))"
+        )
     return mesh
 
 

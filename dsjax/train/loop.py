@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsjax.config import Config, ConfigError
+from dsjax.config import Config, ConfigError, more_room, replace
 from dsjax.data.pipeline import Corpus, TrainRows, batches, load_corpus
 from dsjax.state import Batch, Metrics, TrainState
 from dsjax.train.checkpoint import Checkpoints, abstract_state
@@ -151,28 +151,33 @@ class Run:
         config, report, done = self.config, self.report, first
         if first >= config.steps:
             return done
-        step_fn, pending = jit_train_step(config), None
+        step_fn, data, pending, self.taken = jit_train_step(config), self._data(first), [], first
         self.signals.patient = True
         report.say("compiling the training step ...")
         started = time.perf_counter()
-        for step, arrays in self._data(first):
-            batch = self._batch(arrays)
-            state, metrics = step_fn(state, batch, self.schedule.at(step))
-            self._take(pending, done)  # of the step before: the device never waits for the host
-            pending, done = metrics, step + 1
+        while done < config.steps:
+            step, arrays = next(data)
+            state, metrics = step_fn(state, self._batch(arrays), self.schedule.at(step))
+            pending, done = [*pending, metrics], step + 1
             if step == first:
                 jax.block_until_ready(metrics)
                 report.say(f"the first step took {time.perf_counter() - started:.0f} s, with its compilation")
                 report.start_bar(first, config.steps)
                 self.clock, self.clock_step = time.perf_counter(), done
-            report.step()
             stop = self.signals.name is not None
             log, save, evaluate = (
                 self._due(done, every) for every in (config.log_every, config.checkpoint_every, config.eval_every)
             )
-            if log or save or evaluate or stop:
-                self._take(pending, done)
-                pending = None
+            if not (
+                log or save or evaluate or stop
+            ):  # the newest may wait, so that the device never waits for the host
+                ready, pending = pending[:-1], pending[-1:]
+            else:
+                ready, pending = pending, []
+            if not all(map(self._take, ready)):
+                self.config = replace(self.config, compute=more_room(self.config.compute))
+                step_fn, data, pending, done = jit_train_step(self.config), self._data(self.taken), [], self.taken
+                continue
             if log:
                 self._log(done)
             with self._clock_stands():
@@ -210,20 +215,30 @@ class Run:
         more = config.accumulate - len(arrays["tokens"])
         return on_mesh({name: np.pad(a, ((0, more), (0, 0), (0, 0))) for name, a in arrays.items()}, self.mesh)
 
-    def _take(self, metrics: Metrics | None, done: int) -> None:
-        """Waits for a step's metrics. Raises ConfigError if too many steps in a row were skipped."""
-        if metrics is None:
-            return
-        metrics = jax.device_get(metrics)
+    def _take(self, metrics: Metrics) -> bool:
+        """Waits for the metrics of the next step to be taken; False if it did nothing, for want of room for its rows.
+
+        Raises ConfigError if too many steps in a row were skipped.
+        """
+        metrics, compute = jax.device_get(metrics), self.config.compute
+        if metrics.overflow and compute.on_overflow == "redo":
+            self.report.say(
+                f"step {self.taken + 1}: {metrics.overflow:,} rows had no room on their experts' devices "
+                f"(--compute.expert-buffer={compute.expert_buffer:g}); compiling the step again with twice the room ..."
+            )
+            return False
+        self.taken += 1
+        self.report.step()
         self.interval.add(metrics)
         if (n := int(metrics.skipped_in_a_row)) >= self.config.max_skipped_steps:
             kept = self.checkpoints.latest()
             rest = "there is no checkpoint yet" if kept is None else f"checkpoint {kept} is intact"
             raise ConfigError(
-                f"stopped at step {done}: NaN or Inf in the loss or gradients of {n} steps in a row (loss "
+                f"stopped at step {self.taken}: NaN or Inf in the loss or gradients of {n} steps in a row (loss "
                 f"{float(metrics.loss):g}, gradient norm {float(metrics.grad_norm):g}); {rest}; try an "
                 f"--optimizer.peak-lr below {self.config.optimizer.peak_lr:g}"
             )
+        return True
 
     def _log(self, done: int) -> None:
         now, knobs = time.perf_counter(), self.schedule.at(done - 1)

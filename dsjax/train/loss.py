@@ -11,10 +11,9 @@ from dsjax.config import Config
 from dsjax.model.mtp import look_ahead
 from dsjax.model.transformer import DeepSeek
 from dsjax.state import Batch, RouterBias
-from sharding.rules import constrain, spec
+from sharding.rules import TOKEN_AXES, constrain, spec
 
 _CHUNK_ELEMENTS = 1 << 22  # logits held at a time on one device: 16 MiB of float32
-_TOKEN_AXES = ("data", "fsdp", "expert", "context")
 
 
 class Counts(NamedTuple):
@@ -31,6 +30,7 @@ class LossParts(NamedTuple):
     mtp_loss: jax.Array  # [depth] cross-entropy of each depth, before its weight
     balance: jax.Array  # [] balance losses with their factors
     load: RouterBias  # [layers, E] tokens routed to each expert
+    overflow: jax.Array  # [] int32, rows and pairs of all layers that did not fit the experts' buffers
 
 
 def count(batch: Batch, depth: int) -> Counts:
@@ -55,7 +55,7 @@ def total_loss(
     mtp = jnp.stack(nats[1:]) if nats[1:] else jnp.zeros((0,), jnp.float32)
     balance = sum(out.balance.values(), jnp.zeros((), jnp.float32)) / counts.rows
     total = nats[0] + mtp_weight * jnp.sum(mtp) / max(len(out.mtp_hidden), 1) + balance
-    return total, LossParts(nats[0], mtp, balance, out.load)
+    return total, LossParts(nats[0], mtp, balance, out.load, out.overflow)
 
 
 def next_targets(batch: Batch, n: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
@@ -73,7 +73,7 @@ def cross_entropy(
     """
     tokens = spec("batch", "seq")
     return jax.shard_map(
-        lambda h, w, t, v: lax.psum(_chunked(h.reshape(-1, h.shape[-1]), w, t.reshape(-1), v.reshape(-1)), _TOKEN_AXES),
+        lambda h, w, t, v: lax.psum(_chunked(h.reshape(-1, h.shape[-1]), w, t.reshape(-1), v.reshape(-1)), TOKEN_AXES),
         in_specs=(spec("batch", "seq", None), spec(None, "vocab"), tokens, tokens),
         out_specs=spec(),
         check_vma=False,

@@ -29,7 +29,7 @@ class Interval:
         """One more step, of host arrays."""
         load = np.concatenate([metrics.load.moe, metrics.load.mtp]).astype(np.int64)
         self.load = (load + np.reshape(self.load, load.shape) if self.steps else load).astype(int).tolist()
-        names = ("loss", "mtp_loss", "balance_loss", "grad_norm", "max_vio", "skipped", "skipped_in_a_row")
+        names = ("loss", "mtp_loss", "balance_loss", "grad_norm", "max_vio", "overflow", "skipped", "skipped_in_a_row")
         self.steps.append({name: np.asarray(getattr(metrics, name)).tolist() for name in names})
 
     @property
@@ -45,6 +45,7 @@ class Interval:
             **means,
             "max_vio_mean": float(np.mean(means["max_vio"])) if means["max_vio"] else 0.0,
             "load": self.load,
+            "overflow": sum(step["overflow"] for step in self.steps),
             "skipped": self.steps[-1]["skipped"],
         }
 

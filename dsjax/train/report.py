@@ -59,6 +59,7 @@ class Report:
         speed = "" if row["tokens_per_s"] is None else f", {human(int(row['tokens_per_s']))} tok/s"
         loss, norm = _number(row["loss"], 4), _number(row["grad_norm"], 3)
         skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
+        skipped += f", {row['overflow']:,} rows dropped" if row["overflow"] else ""
         if self.bar is not None:
             postfix = f"loss {_number(row['loss'], 3)}, MaxVio {_number(row['max_vio_mean'], 2)}{speed}{skipped}"
             self.bar.set_postfix_str(postfix)

@@ -19,6 +19,7 @@ _STEP_FACTOR = 0.316
 class Knobs:
     """The settings of one step."""
 
+    step: int
     learning_rate: float
     mtp_weight: float
     bias_update_speed: float
@@ -60,6 +61,7 @@ class Schedule:
         first, last = self.rows(step)
         part = first * config.seq_len / self.total_tokens
         return Knobs(
+            step=step,
             learning_rate=learning_rate(config.optimizer, step, part, config.steps),
             mtp_weight=config.mtp.loss_weight if part < config.mtp.switch_at else config.mtp.loss_weight_final,
             bias_update_speed=config.balance.bias_update_speed if part < config.balance.bias_update_until else 0.0,

@@ -42,10 +42,15 @@ def train_step(
     """One update from a batch [A, B, T] of A micro-batches, of which the first knobs["micro_batches"] are taken; those
     after them must be padding (segment 0), as the losses' counts are those of all.
 
-    A loss or gradient with NaN or Inf leaves everything as it was but the counts of skipped steps.
+    A loss or gradient with NaN or Inf leaves everything as it was but the counts of skipped steps. Rows without room on
+    their experts' devices leave everything as it was, step included, unless compute.on_overflow=drop; and so does a
+    knobs["step"], where given, that is not the state's: a step that was sent after one to be taken again.
     """
     grads, parts = _gradients(state, batch, knobs, config)
     norm = optax.tree.norm(grads)
+    taken = knobs.get("step", state.step) == state.step
+    if config.compute.on_overflow == "redo":
+        taken &= parts.overflow == 0
     good = (
         jnp.isfinite(norm)
         & jnp.isfinite(parts.loss)
@@ -65,20 +70,28 @@ def train_step(
         bias = jax.tree.map(lambda b, load: update_bias(b, load, knobs["bias_update_speed"]), bias, parts.load)
 
     def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        return jax.tree.map(lambda n, o: jnp.where(good & taken, n, o), new, old)
 
     state = TrainState(
-        step=state.step + 1,
+        step=state.step + taken,
         model=keep(model, state.model),
         opt_state=keep(opt_state, state.opt_state),
         router_bias=keep(bias, state.router_bias),
         ema=keep(ema, state.ema),
-        skipped=state.skipped + ~good,
-        skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
+        skipped=state.skipped + (taken & ~good),
+        skipped_in_a_row=jnp.where(taken, jnp.where(good, 0, state.skipped_in_a_row + 1), state.skipped_in_a_row),
     )
     max_vio = jnp.concatenate([max_violation(parts.load.moe), max_violation(parts.load.mtp)])
     return state, Metrics(
-        parts.loss, parts.mtp_loss, parts.balance, norm, parts.load, max_vio, state.skipped, state.skipped_in_a_row
+        parts.loss,
+        parts.mtp_loss,
+        parts.balance,
+        norm,
+        parts.load,
+        max_vio,
+        parts.overflow,
+        state.skipped,
+        state.skipped_in_a_row,
     )
 
 
@@ -99,7 +112,11 @@ def _gradients(state: TrainState, batch: Batch, knobs: dict[str, jax.Array], con
     # A loop of changing length: a batch ramp compiles once.
     scalar = jnp.zeros((), jnp.float32)
     no_parts = LossParts(
-        scalar, jnp.zeros_like(counts.targets[1:]), scalar, jax.tree.map(jnp.zeros_like, state.router_bias)
+        scalar,
+        jnp.zeros_like(counts.targets[1:]),
+        scalar,
+        jax.tree.map(jnp.zeros_like, state.router_bias),
+        jnp.zeros((), jnp.int32),
     )
     zeros = jax.tree.map(jnp.zeros_like, state.model), no_parts
 
@@ -120,9 +137,10 @@ def jit_train_step(config: Config):
 
 
 def heldout_nats(model: DeepSeek, batch: Batch, router_bias: RouterBias, config: Config) -> jax.Array:
-    """[2] float32: sum of next-token losses of a batch [B, T] in nats, and the number of tokens predicted."""
+    """[3] float32: sum of next-token losses of a batch [B, T] in nats, the number of tokens predicted, and of rows that
+    did not fit the experts' buffers."""
     model = cast_weights(model, config.compute.dtype)
-    hidden = model(batch, router_bias, config.compute).hidden
+    out = model(batch, router_bias, config.compute)
     targets, valid = next_targets(batch, 1)
-    nats = cross_entropy(hidden, model.head[...], targets, valid)
-    return jnp.stack([nats, jnp.sum(valid, dtype=jnp.float32)])
+    nats = cross_entropy(out.hidden, model.head[...], targets, valid)
+    return jnp.stack([nats, jnp.sum(valid, dtype=jnp.float32), out.overflow.astype(jnp.float32)])

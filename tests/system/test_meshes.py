@@ -11,14 +11,15 @@ def texts(tmp_path_factory):
     return runs.write_texts(tmp_path_factory.mktemp("corpus") / "texts")
 
 
-def test_experts_on_two_devices_of_eight_train_as_on_one(texts, tmp_path):
+def test_experts_on_two_devices_of_eight_train_as_on_one_though_rows_find_no_room_at_first(texts, tmp_path):
     model = replace(runs.micro(texts).model, num_nextn_predict_layers=0)
     path = runs.write_config(runs.micro(texts, model=model, steps=4, log_every=1), tmp_path / "micro.json")
-    for folder, devices, options in (("one", 1, ()), ("eight", 8, ("--mesh.expert=2",))):
+    for folder, devices, options in (("one", 1, ()), ("eight", 8, ("--mesh.expert=2", "--compute.expert-buffer=0.7"))):
         env = runs.environment(tmp_path / "cache", devices)
         result = runs.dsjax("train", path, "--run", tmp_path / folder, "--quiet", *options, env=env)
         assert result.returncode == 0, result.stderr
     assert "devices    8 cpu devices, mesh fsdp=4 expert=2" in result.stderr
+    assert "rows had no room on their experts' devices (--compute.expert-buffer=0.7)" in result.stderr
     one, eight = (runs.rows(tmp_path / folder) for folder in ("one", "eight"))
     for a, b in zip(one, eight, strict=True):
         assert a["kind"] == b["kind"]
@@ -27,6 +28,7 @@ def test_experts_on_two_devices_of_eight_train_as_on_one(texts, tmp_path):
                 assert b[name] == pytest.approx(a[name], rel=1e-5)
         if a["kind"] == "train":
             assert a["load"] == b["load"]
+            assert b["overflow"] == 0
 
 
 def test_an_impossible_mesh_shows_its_arithmetic(texts, tmp_path):

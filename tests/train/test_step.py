@@ -139,8 +139,9 @@ def test_a_ramp_takes_the_first_micro_batches_as_if_the_batch_were_smaller():
 
 def test_heldout_nats_are_the_loss_times_the_tokens():
     before, _, metrics = first_step()
-    nats, tokens = jax.jit(functools.partial(heldout_nats, config=CONFIG))(
+    nats, tokens, no_room = jax.jit(functools.partial(heldout_nats, config=CONFIG))(
         before.model, models.pack(ROWS, T), before.router_bias
     )
     assert float(tokens) == sum(length - 1 for row in ROWS for length in row)
+    assert float(no_room) == 0
     assert float(nats / tokens) == pytest.approx(float(metrics.loss), rel=1e-5)
