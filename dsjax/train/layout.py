@@ -1,5 +1,7 @@
 """Where a run's arrays live: the devices, their mesh, and batches laid out on it."""
 
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 
@@ -25,7 +27,13 @@ def device_mesh(config: Config):
         mesh = make_mesh(devices(), **vars(config.mesh))
     except MeshError as error:
         raise ConfigError(str(error)) from None
-    m, shape = config.model, mesh.shape
+    check_mesh(config, mesh.shape)
+    return mesh
+
+
+def check_mesh(config: Config, shape: Mapping[str, int]) -> None:
+    """Raises ConfigError with the arithmetic where a mesh of this shape does not divide what it is to cut."""
+    m = config.model
     rows = shape["data"] * shape["fsdp"] * shape["expert"]
     for field, value, axes, size in (
         ("batch_size / accumulate", config.batch_size // config.accumulate, "data * fsdp * expert", rows),
@@ -40,7 +48,6 @@ def device_mesh(config: Config):
     ):
         if value % size:
             raise ConfigError(f"mesh: {axes} = {size} does not divide {field} = {value}")
-    return mesh
 
 
 def on_mesh(arrays: dict[str, np.ndarray], mesh, *, whole: bool = False) -> Batch:
