@@ -229,6 +229,9 @@ class ComputeConfig:
     grouped_matmul: Literal["auto", "tiles", "ragged_dot", "reference"] = Field(
         "auto", description="implementation of the expert matmul; auto chooses by platform"
     )
+    attention: Literal["auto", "blocks", "splash"] = Field(
+        "auto", description="implementation of attention in training and prefill; auto chooses by platform"
+    )
 
 
 @_config

@@ -9,6 +9,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",  # hidden width of a weight
     "heads": "tensor",
     "latent": None,  # MLA's compressed widths
+    "rank": "fsdp",  # the same, where a weight starts from them
     "experts": "expert",
     "ff": "tensor",
     "vocab": "tensor",

@@ -1,15 +1,21 @@
-"""softmax(q k^T) v under a causal and document mask, in blocks of queries, with a gradient of its own."""
+"""softmax(q k^T) v under a causal and document mask: `blocks` of queries with a gradient of its own, which runs
+everywhere, and JAX's `splash` kernels for TPUs, in which no score leaves the chip's own memory.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from sharding.rules import constrain, spec
 
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "blocks", "tpu": "splash", "gpu": "blocks"}
+
 _MIN_BLOCK, _MAX_BLOCKS = 128, 8
+_LANES = 128  # splash takes rows by whole lanes
 
 
 def attend(
@@ -18,23 +24,60 @@ def attend(
     v: Float[Array, "B T H V"],
     segment_ids: Int[Array, "B T"],
     scale: float,
+    implementation: str = "auto",
 ) -> Float[Array, "B T H V"]:
     """Attention of every token to those before it in its own segment; softmax in float32.
 
     Queries may be sharded over `context`; keys and values are whole along the sequence. The backward pass computes the
-    scores again, so that no [T, T] array outlives its block.
+    scores again, so that no [T, T] array outlives its block. For jax.checkpoint the output is named "attn_out".
+
+    implementation: "auto" (by platform), "blocks", "splash", or "splash_interpret" (the kernels on a CPU, for tests).
+    The kernels leave to blocks what they cannot do: a sequence that is sharded over `context`, or that 128 does not
+    divide.
     """
     heads, whole = spec("batch", "seq", "heads", None), spec("batch", None, "heads", None)
     seq, row = spec("batch", "seq"), spec("batch", None)
     index = constrain(jnp.arange(q.shape[1]), "seq")
+    name = choose(implementation)
 
     def local(q, k, v, index, q_segments, k_segments):
         q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # [B, H, T, .]: one copy here, none in the blocks
-        return _attend(q, k, v, (index, q_segments, k_segments), scale).swapaxes(1, 2)
+        if name != "blocks" and q.shape[2] == k.shape[2] and k.shape[2] % _LANES == 0:
+            return _splash(q, k, v, k_segments, scale, name == "splash_interpret").swapaxes(1, 2)
+        y = _attend(q, k, v, (index, q_segments, k_segments), scale).swapaxes(1, 2)
+        return checkpoint_name(y, "attn_out")
 
     return jax.shard_map(
         local, in_specs=(heads, whole, whole, spec("seq"), seq, row), out_specs=heads, check_vma=False
     )(q, k, v, index, constrain(segment_ids, "batch", "seq"), constrain(segment_ids, "batch", None))
+
+
+def choose(implementation: str) -> str:
+    """The implementation that a name stands for: "auto" goes by platform."""
+    return IMPLEMENTATION_BY_PLATFORM[jax.default_backend()] if implementation == "auto" else implementation
+
+
+def _splash(q, k, v, segment_ids, scale, interpret):
+    """By Pallas kernels for TPUs: of the blocks of scores, those above the diagonal are not visited."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        BlockSizes,
+        CausalMask,
+        MultiHeadMask,
+        SegmentIds,
+        make_splash_mha_single_device,
+    )
+
+    heads, t = q.shape[1:3]
+    rows = next(size for size in (512, 256, _LANES) if t % size == 0)
+    sizes = BlockSizes(*(rows,) * 8)
+    kernel = make_splash_mha_single_device(
+        MultiHeadMask([CausalMask((t, t))] * heads),
+        block_sizes=sizes,
+        residual_checkpoint_name="attn_out",
+        interpret=interpret,
+    )
+    q = (q * scale).astype(q.dtype)
+    return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=SegmentIds(ids, ids)))(q, k, v, segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -37,7 +37,7 @@ class CompressedQuery(nnx.Module):
         d, c, std = cfg.hidden_size, cfg.q_lora_rank, cfg.initializer_range
         self.wq_a = param(rngs, (d, c), ("embed", "latent"), std)
         self.q_norm = RMSNorm(c, _LATENT_EPS, rngs=rngs)
-        self.wq_b = param(rngs, (c, cfg.num_attention_heads, cfg.qk_head_dim), ("latent", "heads", None), std)
+        self.wq_b = param(rngs, (c, cfg.num_attention_heads, cfg.qk_head_dim), ("rank", "heads", None), std)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
         latent = checkpoint_name(linear(x, self.wq_a[...]), "attn_latent")
@@ -59,12 +59,12 @@ class MLA(nnx.Module):
         self.query = Query(cfg, rngs=rngs) if cfg.q_lora_rank is None else CompressedQuery(cfg, rngs=rngs)
         self.wkv_a = param(rngs, (d, c + cfg.qk_rope_head_dim), ("embed", "latent"), std)
         self.kv_norm = RMSNorm(c, _LATENT_EPS, rngs=rngs)
-        self.wkv_b = param(rngs, (c, h, cfg.qk_nope_head_dim + cfg.v_head_dim), ("latent", "heads", None), std)
+        self.wkv_b = param(rngs, (c, h, cfg.qk_nope_head_dim + cfg.v_head_dim), ("rank", "heads", None), std)
         self.wo = param(rngs, (h, cfg.v_head_dim, d), ("heads", None, "embed"), std)
         self.cfg = cfg
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"], implementation: str = "auto"
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
         """Expanded form, for training and prefill: the output, and the latents that decoding will need."""
         q_nope, q_rope = self._queries(x, rope)
@@ -78,12 +78,13 @@ class MLA(nnx.Module):
         )
         k = jnp.concatenate([k_nope, shared], axis=-1)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
-        return self._out(checkpoint_name(y, "attn_out")), LatentCache(c_kv, k_rope)
+        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg), implementation)
+        return self._out(y), LatentCache(c_kv, k_rope)
 
     def absorbed(self) -> Absorbed:
         """wkv_b prepared for `decode`."""
-        w_uk, w_uv = jnp.split(self.wkv_b[...], [self.cfg.qk_nope_head_dim], axis=-1)
+        wkv_b = constrain(self.wkv_b[...], None, "heads", None)
+        w_uk, w_uv = jnp.split(wkv_b, [self.cfg.qk_nope_head_dim], axis=-1)
         return Absorbed(jnp.transpose(w_uk, (1, 2, 0)), jnp.transpose(w_uv, (1, 0, 2)))
 
     def decode(
@@ -131,13 +132,13 @@ class MHA(nnx.Module):
         self.cfg = cfg
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"], implementation: str = "auto"
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """The output, and the keys and values that decoding will need."""
         q, k, v = self._project(x, rope)
         k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
-        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
-        return self._out(checkpoint_name(y, "attn_out")), KVCache(k, v)
+        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg), implementation)
+        return self._out(y), KVCache(k, v)
 
     def absorbed(self) -> None:
         """Nothing: `decode` reads the weights as they are."""

@@ -29,7 +29,8 @@ class RoutedExperts(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], routing: Routing, implementation: str) -> Float[Array, "B T D"]:
         """Weighted sum of each token's experts."""
-        tokens, up, down = spec("batch", "seq", None), spec("experts", None, "ff"), spec("experts", "ff", None)
+        tokens = spec("batch", "seq", None)
+        up, down = spec("experts", "embed", "ff"), spec("experts", "ff", "embed")
         return jax.shard_map(
             functools.partial(_experts_of_device, implementation=implementation),
             in_specs=(tokens, tokens, tokens, up, up, down),
@@ -39,9 +40,9 @@ class RoutedExperts(nnx.Module):
             x,
             routing.indices,
             routing.weights,
-            constrain(self.w_gate[...], "experts", None, "ff"),  # the FSDP all-gather
-            constrain(self.w_up[...], "experts", None, "ff"),
-            constrain(self.w_down[...], "experts", "ff", None),
+            self.w_gate[...],
+            self.w_up[...],
+            self.w_down[...],
         )
 
     def decode(self, x: Float[Array, "B T D"], routing: Routing, implementation: str) -> Float[Array, "B T D"]:
@@ -90,7 +91,8 @@ def _experts_of_device(
     k = indices.shape[-1]
     flat = (x.reshape(b * t, d), indices.reshape(b * t, k), weights.reshape(b * t, k))
     rows, row_weights, plan = dispatch(*flat, n_local_experts=w_gate.shape[0])
-    weights = w_gate, w_up, w_down
+    # The FSDP all-gather, in here: its gradient is a reduce-scatter, where that of a reshard before is an all-reduce.
+    weights = [lax.all_gather(w, "fsdp", axis=i, tiled=True) for w, i in ((w_gate, 1), (w_up, 1), (w_down, 2))]
     y = grouped_swiglu(rows, row_weights, *weights, plan.group_sizes, implementation=implementation)
     return combine(y, plan, k).reshape(b, t, d)
 

@@ -69,9 +69,10 @@ class Block(nnx.Module):
         bias: Float[Array, "E"] | None,
         balance: BalanceConfig,
         implementation: str,
+        attention: str = "auto",
     ) -> tuple[Float[Array, "B T D"], LatentCache | KVCache, Layer | None]:
         """x after the block, what decoding will need of its tokens, and an MoE block's load."""
-        y, past = self.attn(self.attn_norm(x), rope, segment_ids)
+        y, past = self.attn(self.attn_norm(x), rope, segment_ids, attention)
         x, layer = self._feed_forward(
             checkpoint_name(x + y, "attn_residual"), segment_ids, bias, balance, implementation
         )
@@ -118,7 +119,7 @@ class DeepSeek(nnx.Module):
         rope = rope_tables(batch.positions, self.cfg)
 
         def block(x, layer, bias, segment_ids):
-            x, _, said = layer(x, rope, segment_ids, bias, balance, compute.grouped_matmul)
+            x, _, said = layer(x, rope, segment_ids, bias, balance, compute.grouped_matmul, compute.attention)
             return x, said
 
         block = remat(block, compute.remat)
@@ -158,7 +159,8 @@ class DeepSeek(nnx.Module):
         rope = rope_tables(batch.positions, self.cfg)
 
         def block(x, layer, bias):
-            x, past, _ = layer(x, rope, batch.segment_ids, bias, BalanceConfig(), compute.grouped_matmul)
+            how = compute.grouped_matmul, compute.attention
+            x, past, _ = layer(x, rope, batch.segment_ids, bias, BalanceConfig(), *how)
             return x, past
 
         x = self._embed(batch.tokens, compute)

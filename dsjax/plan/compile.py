@@ -111,7 +111,9 @@ def compile_step(config: Config, topology: Topology, timeout_s: float = 3600, ke
 def explain(error: str, topology: Topology) -> tuple[str, float | None]:
     """The compiler's error in one line, and the bytes of HBM a device it asked for if that was the reason."""
     text = " ".join(error.split())
-    memory = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", text)
+    memory = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", text) or re.search(
+        r"temporaries \(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)", text
+    )
     if memory:
         used, limit = (_size(memory[i], memory[i + 1]) for i in (1, 3))
         return (
@@ -136,12 +138,15 @@ def _died(code: int, errors: str, topology: Topology) -> str:
 
 def for_tpu(config: Config) -> Config:
     """The same with what `auto` means on a TPU, as the platform of the compiling process is a CPU."""
-    compute = config.compute
-    if compute.grouped_matmul == "auto":
-        from pallas_kernels.grouped_matmul import IMPLEMENTATION_BY_PLATFORM
+    from dsjax.model import attention
+    from pallas_kernels import grouped_matmul
 
-        compute = replace(compute, grouped_matmul=IMPLEMENTATION_BY_PLATFORM["tpu"])
-    return replace(config, compute=compute)
+    chosen = {
+        name: module.IMPLEMENTATION_BY_PLATFORM["tpu"]
+        for name, module in (("grouped_matmul", grouped_matmul), ("attention", attention))
+        if getattr(config.compute, name) == "auto"
+    }
+    return replace(config, compute=replace(config.compute, **chosen))
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:

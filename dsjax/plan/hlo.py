@@ -53,17 +53,15 @@ class Program:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         here: dict[str, Instruction] | None = None
-        for line in text.splitlines():
-            if here is None or not line.startswith(" "):
+        for line in _lines(text):
+            if here is None:
                 opened = _COMPUTATION.match(line)
                 if opened:
                     here = self.computations.setdefault(opened[2], {})
                     self.entry = opened[2] if opened[1] else self.entry
-                elif line.startswith("}"):
-                    here = None
-                continue
-            instruction = _parse(line)
-            if instruction:
+            elif line == "}":
+                here = None
+            elif instruction := _parse(line):
                 here[instruction.name] = instruction
         self.times = self._count()
 
@@ -185,7 +183,7 @@ def estimated_cycles(program: Program) -> int:
     return sum(
         times * int(found[1])
         for _, instruction, times in program.instructions()
-        if (found := re.search(r'"estimated_cycles":"?(\d+)', instruction.rest))
+        if (found := re.search(r'"estimated_cycles":"?(\d{1,18})\b', instruction.rest))  # 2**63 - 1: it knows none
     )
 
 
@@ -206,6 +204,19 @@ def type_bytes(text: str) -> float:
 def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
     """(dtype, shape) of every array in a type."""
     return [(kind, _numbers(dims)) for kind, dims in _ARRAY.findall(text)]
+
+
+def _lines(text: str) -> Iterator[str]:
+    """Lines as meant: some kernels' attributes are JSON with line breaks, which stand at the left edge."""
+    whole = ""
+    for line in text.splitlines():
+        if whole.startswith(" ") and line[:1] not in ("", " ", "%") and line != "}":
+            whole += line
+            continue
+        if whole:
+            yield whole
+        whole = line
+    yield whole
 
 
 def _parse(line: str) -> Instruction | None:

@@ -40,6 +40,8 @@ def check_mesh(config: Config, shape: Mapping[str, int]) -> None:
         ("seq_len", config.seq_len, "context", shape["context"]),
         ("model.n_routed_experts", m.n_routed_experts, "expert", shape["expert"]),
         ("model.hidden_size", m.hidden_size, "fsdp", shape["fsdp"]),
+        ("model.kv_lora_rank", m.kv_lora_rank if m.attention == "mla" else 0, "fsdp", shape["fsdp"]),
+        ("model.q_lora_rank", m.q_lora_rank or 0, "fsdp", shape["fsdp"]),
         ("model.num_attention_heads", m.num_attention_heads, "tensor", shape["tensor"]),
         ("model.intermediate_size", m.intermediate_size, "tensor", shape["tensor"]),
         ("model.moe_intermediate_size", m.moe_intermediate_size, "tensor", shape["tensor"]),
