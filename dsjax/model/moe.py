@@ -80,9 +80,9 @@ def _experts_of_device(
     x: Float[Array, "B T D"],
     indices: Int[Array, "B T K"],
     weights: Float[Array, "B T K"],
-    w_gate: Float[Array, "E D F"],
-    w_up: Float[Array, "E D F"],
-    w_down: Float[Array, "E F D"],
+    w_gate: Float[Array, "E D_fsdp F"],
+    w_up: Float[Array, "E D_fsdp F"],
+    w_down: Float[Array, "E F D_fsdp"],
     *,
     implementation: str,
 ) -> Float[Array, "B T D"]:

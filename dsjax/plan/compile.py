@@ -5,6 +5,7 @@ Every compile is a process of its own: libtpu may end the process that it runs i
 
 import dataclasses
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os

@@ -14,6 +14,9 @@ from dsjax.plan import count, roofline
 from dsjax.plan.chips import GIB, Topology
 from dsjax.plan.compile import Compiled
 
+# Tokens a second a chip that MaxText's authors publish for the 671B model, by chip, chips and format.
+PUBLISHED = {("v5p", 512, "bf16"): 542, ("tpu7x", 256, "bf16"): 2446, ("tpu7x", 256, "fp8"): 2968}
+PUBLISHED_MODEL = 671_026_419_200  # parameters
 CATEGORIES = ("parameters", "optimizer", "gradients", "activations", "temporary")
 
 
@@ -81,6 +84,13 @@ def rows(
         Row("run", f"days for {count.human(int(tokens))} tokens", tokens / speed / chips / 86400, "days", "assumed"),
         Row("run", "chip-hours", tokens / speed / 3600, "h", "assumed"),
     ]  # fmt: skip
+    if count.parameters(config.model).total == PUBLISHED_MODEL:
+        at = next(i for i, row in enumerate(found) if row.name == "MFU")
+        found[at:at] = [
+            Row("speed", f"MaxText, {n} chips, {width}", value, "tokens/s", "published", "calibration: its own recipe")
+            for (name, n, width), value in PUBLISHED.items()
+            if name == chip.name
+        ]
     if price is not None:
         found.append(
             Row("run", "cost", tokens / speed / 3600 * price, "$", "assumed", f"at ${price:g} a chip-hour, given")

@@ -1,4 +1,6 @@
-"""What a program sends and computes, read from HLO text: on small texts, and on programs whose collectives are known."""
+"""What a program sends and computes, from HLO text: of small texts, and of programs whose collectives are known."""
+
+# ruff: noqa: E501  (HLO has long lines)
 
 import jax
 import jax.numpy as jnp
