@@ -30,7 +30,7 @@ from dsjax.config import (
     to_dict,
 )
 from dsjax.plan import count
-from dsjax.plan.count import human
+from dsjax.plan.count import human, human_number
 
 SHORT = {"overlap": "compute.overlap"}  # options that need no section
 OPTION = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)  # "-- a comment" is a value, "--steps" is not
@@ -57,6 +57,8 @@ class Number(click.ParamType):
 POSITIVE = Number(int, "a whole number greater than 0", lambda n: n > 0)
 NATURAL = Number(int, "a whole number at least 0", lambda n: 0 <= n < 2**32)
 TEMPERATURE = Number(float, "a number at least 0 (0 = the likeliest token)", lambda t: 0 <= t < float("inf"))
+PRICE = Number(float, "a price greater than 0", lambda p: 0 < p < float("inf"))
+TOKENS = Number(human_number, "a number of tokens, as in 14.8T or 300B", lambda n: 0 < n < float("inf"))
 PROBABILITY = Number(float, "a number greater than 0 and at most 1", lambda p: 0 < p <= 1)
 
 
@@ -373,6 +375,83 @@ def evaluate(run_folder: str, checkpoint: int | None, as_json: bool, changes: di
         return click.echo(json.dumps(result, indent=2))
     rows = [(name, f"{value:.4f}" if isinstance(value, float) else _as_typed(value)) for name, value in result.items()]
     _print_table(None, rows, right=[1])
+
+
+@cli.command(
+    fields=True,
+    short_help="What a pod job needs, without the pod.",
+    options_metavar="--topology=CHIP:SHAPE [OPTION]... [--FIELD=VALUE]...",
+    epilog="""\b
+Examples:
+  dsjax plan v2_lite --topology=v5p:2x2x2 --batch=32
+  dsjax plan v3 --topology=v5p:8x8x8 --mesh.fsdp=64 --mesh.expert=8 --batch=2048 --seq=4096 --out=plans/v3
+  dsjax plan v3 --topology=tpu7x:4x8x8 --batch=2048 --search --price-per-chip-hour=12""",
+)
+@click.argument("preset")
+@click.option("--topology", metavar="CHIP:SHAPE", required=True, help="v5e, v5p, v6e or tpu7x and chips: v5p:8x8x8.")
+@click.option(
+    "--slices", type=POSITIVE, default=1, show_default=True, help="Slices, joined by the data centre's network."
+)
+@click.option("--batch", type=POSITIVE, metavar="ROWS", help="Rows a step, all chips together, in one micro-batch.")
+@click.option("--seq", type=POSITIVE, metavar="TOKENS", help="Tokens a row.")
+@click.option("--tokens", type=TOKENS, default="14.8T", show_default=True, help="Length of the run: 14.8T, 300B.")
+@click.option("--price-per-chip-hour", "price", type=PRICE, help="Dollars.")
+@click.option("--search", is_flag=True, help="Try the legal meshes by arithmetic, and compile the best.")
+@click.option("--compile-best", type=NATURAL, default=3, show_default=True, help="How many of them.")
+@click.option("--no-compile", is_flag=True, help="By arithmetic alone, in a second.")
+@click.option("--keep-hlo", metavar="FILE", default="", help="The compiled program, as text.")
+@click.option("--out", metavar="FOLDER", help="plan.json, plan.png and launch files go here.")
+@click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
+def plan(
+    preset: str,
+    topology: str,
+    slices: int,
+    batch: int | None,
+    seq: int | None,
+    tokens: float,
+    price: float | None,
+    search: bool,
+    compile_best: int,
+    no_compile: bool,
+    keep_hlo: str,
+    out: str | None,
+    as_json: bool,
+    changes: dict[str, str],
+):
+    """Compile the training step of PRESET for a TPU slice, on a machine without a TPU, and say what it needs.
+
+    HBM, traffic, time, days and cost; of every number, whether it is compiled (by libtpu, `pip install
+    'dsjax[plan]'`), computed, published, assumed or measured. The mesh is that of --mesh.AXIS options; fsdp takes what
+    is left.
+    """
+    from dsjax.plan import chips
+
+    slice_ = chips.parse(topology)
+    config, _ = _find_config(preset)
+    from dsjax.plan import job, report
+
+    config = job.planned(config, changes, batch, seq)
+    compiling = not no_compile
+    if search:
+        found, config = job.best(config, slice_, compile_best, slices, compiling, say=_note)
+        if not as_json:
+            _print_table(["mesh", "GiB", "step s", "compiled GiB", "step s"], found, right=range(1, 5))
+            click.echo()
+    rows, whole = job.plan(
+        config, slice_, slices=slices, tokens=tokens, price=price, compiling=compiling, keep_hlo=keep_hlo, say=_note
+    )
+    if as_json:
+        click.echo(json.dumps(whole, indent=2))
+    else:
+        mesh = " ".join(f"{axis}={size}" for axis, size in whole["mesh"].items() if size > 1) or "one device"
+        click.echo(
+            f"{config.name} on {slice_.name}{f' x {slices}' if slices > 1 else ''}: {whole['chips']} chips, {mesh}"
+        )
+        _print_table(None, report.table(rows), right=[1])
+    if out is not None:
+        config = job.on_slice(config, slice_, slices)
+        job.save(Path(out), whole, config, slice_, slices, job.training_command(preset, config, changes))
+        _note(f"{out}: plan.json, plan.png and launch files")
 
 
 @cli.group(

@@ -229,6 +229,9 @@ class ComputeConfig:
     grouped_matmul: Literal["auto", "tiles", "ragged_dot", "reference"] = Field(
         "auto", description="implementation of the expert matmul; auto chooses by platform"
     )
+    attention: Literal["auto", "blocks", "splash"] = Field(
+        "auto", description="implementation of attention in training and prefill; auto chooses by platform"
+    )
     exchange: Literal["auto", "ragged", "gather"] = Field(
         "auto", description="how rows go to their experts' devices; auto chooses by platform"
     )

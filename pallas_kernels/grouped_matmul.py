@@ -83,8 +83,9 @@ def reference(x: Float[Array, "M K"], w: Float[Array, "E K N"], group_sizes: Int
 def ragged_dot(x: Float[Array, "M K"], w: Float[Array, "E K N"], group_sizes: Int[Array, "E"]) -> Float[Array, "M N"]:
     """XLA's own grouped matmul, with the rows after the last group defined as zero."""
     in_a_group = (jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None]
-    y = lax.ragged_dot(jnp.where(in_a_group, x, 0), w, group_sizes, preferred_element_type=jnp.float32)
-    return jnp.where(in_a_group, y, 0).astype(x.dtype)
+    # Sums are in float32 inside XLA's kernels; asking for float32 results would hold the gradient of w in float32 too.
+    y = lax.ragged_dot(jnp.where(in_a_group, x, 0), w, group_sizes, preferred_element_type=x.dtype)
+    return jnp.where(in_a_group, y, 0)
 
 
 @jax.custom_vjp

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax import P
+from jax import P, lax
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),  # rows of activations
@@ -10,6 +10,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",  # hidden width of a weight
     "heads": "tensor",
     "latent": None,  # MLA's compressed widths
+    "rank": "fsdp",  # the same, where a weight starts from them
     "experts": "expert",
     "ff": "tensor",
     "vocab": "tensor",
@@ -51,6 +52,11 @@ def as_tokens(rows: jax.Array, like: jax.Array, *features: int) -> jax.Array:
         return rows.reshape(b, t, -1, *features[1:])
 
     return jax.shard_map(local, in_specs=over, out_specs=P(batch, seq, over[1]))(rows)
+
+
+def whole(x: jax.Array, axis_name: str, axis: int = 0) -> jax.Array:
+    """Inside `shard_map`: the devices' parts of a dimension put together. Its gradient is summed and scattered."""
+    return lax.all_gather(x, axis_name, axis=axis, tiled=True) if lax.axis_size(axis_name) > 1 else x
 
 
 def halves(tree) -> tuple:

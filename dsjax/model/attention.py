@@ -1,15 +1,21 @@
-"""softmax(q k^T) v under a causal and document mask, in blocks of queries, with a gradient of its own."""
+"""softmax(q k^T) v under a causal and document mask: `blocks` of queries with a gradient of its own, which runs
+everywhere, and JAX's `splash` kernels for TPUs, in which no score leaves the chip's own memory.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from sharding.rules import constrain, spec
+from sharding.rules import constrain, spec, whole
+
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "blocks", "tpu": "splash", "gpu": "blocks"}
 
 _MIN_BLOCK, _MAX_BLOCKS = 128, 8
+_LANES = 128  # splash takes rows by whole lanes
 
 
 def attend(
@@ -18,23 +24,97 @@ def attend(
     v: Float[Array, "B T H V"],
     segment_ids: Int[Array, "B T"],
     scale: float,
+    implementation: str = "auto",
 ) -> Float[Array, "B T H V"]:
     """Attention of every token to those before it in its own segment; softmax in float32.
 
-    Queries may be sharded over `context`; keys and values are whole along the sequence. The backward pass computes the
-    scores again, so that no [T, T] array outlives its block.
+    Where the sequence is sharded over `context`, keys and values travel. The backward pass computes the scores again,
+    so that no [T, T] array outlives its block. For jax.checkpoint the output is named "attn_out".
+
+    implementation: "auto" (by platform), "blocks", "splash", or "splash_interpret" (the kernels on a CPU, for tests).
+    The kernels leave to blocks what they cannot do: a sequence that is sharded over `context`, or that 128 does not
+    divide.
     """
-    heads, whole = spec("batch", "seq", "heads", None), spec("batch", None, "heads", None)
-    seq, row = spec("batch", "seq"), spec("batch", None)
+    heads = spec("batch", "seq", "heads", None)
+
+    def local(q, k, v, *places):
+        return _attend_locally(q, whole(k, "context", 1), whole(v, "context", 1), places, scale, choose(implementation))
+
+    return _sharded(local, q, segment_ids, (k, v), (heads, heads))
+
+
+def attend_latent(
+    q: Float[Array, "B T H K"],
+    c_kv: Float[Array, "B T C"],
+    k_rope: Float[Array, "B T R"],
+    wkv_b: Float[Array, "C H N_V"],
+    segment_ids: Int[Array, "B T"],
+    scale: float,
+    implementation: str = "auto",
+) -> Float[Array, "B T H V"]:
+    """The same from latents: a head's key is the first K - R of c_kv wkv_b and k_rope, its value the rest.
+
+    What crosses `context`, forward, and backward as gradients, is the latents: C + R numbers a token.
+    """
+    nope = q.shape[-1] - k_rope.shape[-1]
+
+    def local(q, c_kv, k_rope, wkv_b, *places):
+        c_kv, k_rope, wkv_b = whole(c_kv, "context", 1), whole(k_rope, "context", 1), whole(wkv_b, "fsdp")
+        kv = (c_kv.reshape(-1, c_kv.shape[-1]) @ wkv_b.reshape(wkv_b.shape[0], -1)).reshape(
+            *c_kv.shape[:2], *wkv_b.shape[1:]
+        )
+        k_nope, v = jnp.split(kv, [nope], axis=-1)
+        shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], k_rope.shape[-1]))
+        k = jnp.concatenate([k_nope, shared], axis=-1)
+        return _attend_locally(q, k, v, places, scale, choose(implementation))
+
+    latent = spec("batch", "seq", None)
+    return _sharded(local, q, segment_ids, (c_kv, k_rope, wkv_b), (latent, latent, spec("rank", "heads", None)))
+
+
+def _sharded(local, q, segment_ids, arrays, specs):
+    """local(q, *arrays, index, segments of queries, segments of keys) on each device's part."""
+    heads, seq = spec("batch", "seq", "heads", None), spec("batch", "seq")
     index = constrain(jnp.arange(q.shape[1]), "seq")
-
-    def local(q, k, v, index, q_segments, k_segments):
-        q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # [B, H, T, .]: one copy here, none in the blocks
-        return _attend(q, k, v, (index, q_segments, k_segments), scale).swapaxes(1, 2)
-
+    segments = constrain(segment_ids, "batch", "seq"), constrain(segment_ids, "batch", None)
     return jax.shard_map(
-        local, in_specs=(heads, whole, whole, spec("seq"), seq, row), out_specs=heads, check_vma=False
-    )(q, k, v, index, constrain(segment_ids, "batch", "seq"), constrain(segment_ids, "batch", None))
+        local, in_specs=(heads, *specs, spec("seq"), seq, spec("batch", None)), out_specs=heads, check_vma=False
+    )(q, *arrays, index, *segments)
+
+
+def _attend_locally(q, k, v, places, scale, implementation):
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # [B, H, T, .]: one copy here, none in the blocks
+    if implementation != "blocks" and q.shape[2] == k.shape[2] and k.shape[2] % _LANES == 0:
+        return _splash(q, k, v, places[2], scale, implementation == "splash_interpret").swapaxes(1, 2)
+    return checkpoint_name(_attend(q, k, v, places, scale).swapaxes(1, 2), "attn_out")
+
+
+def choose(implementation: str) -> str:
+    """The implementation that a name stands for: "auto" goes by platform."""
+    return IMPLEMENTATION_BY_PLATFORM[jax.default_backend()] if implementation == "auto" else implementation
+
+
+def _splash(q, k, v, segment_ids, scale, interpret):
+    """By Pallas kernels for TPUs: of the blocks of scores, those above the diagonal are not visited."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        BlockSizes,
+        CausalMask,
+        MultiHeadMask,
+        SegmentIds,
+        make_splash_mha_single_device,
+    )
+
+    heads, t = q.shape[1:3]
+    rows = next(size for size in (512, 256, _LANES) if t % size == 0)
+    sizes = BlockSizes(*(rows,) * 8)
+    kernel = make_splash_mha_single_device(
+        MultiHeadMask([CausalMask((t, t))] * heads),
+        block_sizes=sizes,
+        residual_checkpoint_name="attn_out",
+        interpret=interpret,
+    )
+    q = (q * scale).astype(q.dtype)
+    return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=SegmentIds(ids, ids)))(q, k, v, segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

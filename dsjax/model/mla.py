@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
-from dsjax.model.attention import attend
+from dsjax.model.attention import attend, attend_latent
 from dsjax.model.rope import apply_rope, softmax_scale
 from dsjax.nn import RMSNorm, linear, param
 from dsjax.state import KVCache, LatentCache
@@ -37,7 +37,7 @@ class CompressedQuery(nnx.Module):
         d, c, std = cfg.hidden_size, cfg.q_lora_rank, cfg.initializer_range
         self.wq_a = param(rngs, (d, c), ("embed", "latent"), std)
         self.q_norm = RMSNorm(c, _LATENT_EPS, rngs=rngs)
-        self.wq_b = param(rngs, (c, cfg.num_attention_heads, cfg.qk_head_dim), ("latent", "heads", None), std)
+        self.wq_b = param(rngs, (c, cfg.num_attention_heads, cfg.qk_head_dim), ("rank", "heads", None), std)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
         latent = checkpoint_name(linear(x, self.wq_a[...]), "attn_latent")
@@ -59,31 +59,24 @@ class MLA(nnx.Module):
         self.query = Query(cfg, rngs=rngs) if cfg.q_lora_rank is None else CompressedQuery(cfg, rngs=rngs)
         self.wkv_a = param(rngs, (d, c + cfg.qk_rope_head_dim), ("embed", "latent"), std)
         self.kv_norm = RMSNorm(c, _LATENT_EPS, rngs=rngs)
-        self.wkv_b = param(rngs, (c, h, cfg.qk_nope_head_dim + cfg.v_head_dim), ("latent", "heads", None), std)
+        self.wkv_b = param(rngs, (c, h, cfg.qk_nope_head_dim + cfg.v_head_dim), ("rank", "heads", None), std)
         self.wo = param(rngs, (h, cfg.v_head_dim, d), ("heads", None, "embed"), std)
         self.cfg = cfg
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"], implementation: str = "auto"
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
         """Expanded form, for training and prefill: the output, and the latents that decoding will need."""
-        q_nope, q_rope = self._queries(x, rope)
+        q = jnp.concatenate(self._queries(x, rope), axis=-1)
         latent = self._latent(x, rope)
-        # What crosses `context` is the latent, kv_lora_rank + qk_rope_head_dim numbers a token, not the expanded keys.
-        c_kv, k_rope = constrain(latent.c_kv, "batch", None, None), constrain(latent.k_rope, "batch", None, None)
-        kv = linear(c_kv, self.wkv_b[...], "heads")
-        k_nope, v = jnp.split(kv, [self.cfg.qk_nope_head_dim], axis=-1)
-        shared = jnp.broadcast_to(
-            k_rope[:, :, None], (*k_nope.shape[:-1], k_rope.shape[-1]), out_sharding=spec("batch", None, "heads", None)
-        )
-        k = jnp.concatenate([k_nope, shared], axis=-1)
-        q = jnp.concatenate([q_nope, q_rope], axis=-1)
-        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
-        return self._out(checkpoint_name(y, "attn_out")), LatentCache(c_kv, k_rope)
+        scale = softmax_scale(self.cfg)
+        y = attend_latent(q, latent.c_kv, latent.k_rope, self.wkv_b[...], segment_ids, scale, implementation)
+        return self._out(y), jax.tree.map(lambda a: constrain(a, "batch", None, None), latent)
 
     def absorbed(self) -> Absorbed:
         """wkv_b prepared for `decode`."""
-        w_uk, w_uv = jnp.split(self.wkv_b[...], [self.cfg.qk_nope_head_dim], axis=-1)
+        wkv_b = constrain(self.wkv_b[...], None, "heads", None)
+        w_uk, w_uv = jnp.split(wkv_b, [self.cfg.qk_nope_head_dim], axis=-1)
         return Absorbed(jnp.transpose(w_uk, (1, 2, 0)), jnp.transpose(w_uv, (1, 0, 2)))
 
     def decode(
@@ -131,13 +124,12 @@ class MHA(nnx.Module):
         self.cfg = cfg
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"], implementation: str = "auto"
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """The output, and the keys and values that decoding will need."""
         q, k, v = self._project(x, rope)
-        k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
-        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg))
-        return self._out(checkpoint_name(y, "attn_out")), KVCache(k, v)
+        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg), implementation)
+        return self._out(y), KVCache(*(constrain(a, "batch", None, "heads", None) for a in (k, v)))
 
     def absorbed(self) -> None:
         """Nothing: `decode` reads the weights as they are."""

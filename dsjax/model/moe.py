@@ -15,7 +15,7 @@ from dsjax.state import Routing
 from pallas_kernels.grouped_matmul import choose, grouped_swiglu, slice_float32
 from pallas_kernels.row_matmul import row_matmul
 from sharding.dispatch import Buffers, combine, dispatch
-from sharding.rules import TOKEN_AXES, constrain, spec
+from sharding.rules import TOKEN_AXES, constrain, spec, whole
 
 
 class RoutedExperts(nnx.Module):
@@ -32,7 +32,8 @@ class RoutedExperts(nnx.Module):
         self, x: Float[Array, "B T D"], routing: Routing, compute: ComputeConfig
     ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
         """Weighted sum of each token's experts, and how many rows and pairs had no room and are left out."""
-        tokens, up, down = spec("batch", "seq", None), spec("experts", None, "ff"), spec("experts", "ff", None)
+        tokens = spec("batch", "seq", None)
+        up, down = spec("experts", "embed", "ff"), spec("experts", "ff", "embed")
         return jax.shard_map(
             functools.partial(
                 _experts_of_device, buffers=self._buffers(compute), implementation=compute.grouped_matmul
@@ -44,9 +45,9 @@ class RoutedExperts(nnx.Module):
             x,
             routing.indices,
             routing.weights,
-            constrain(self.w_gate[...], "experts", None, "ff"),  # the FSDP all-gather
-            constrain(self.w_up[...], "experts", None, "ff"),
-            constrain(self.w_down[...], "experts", "ff", None),
+            self.w_gate[...],
+            self.w_up[...],
+            self.w_down[...],
         )
 
     def decode(self, x: Float[Array, "B T D"], routing: Routing, compute: ComputeConfig) -> Float[Array, "B T D"]:
@@ -90,9 +91,9 @@ def _experts_of_device(
     x: Float[Array, "B T D"],
     indices: Int[Array, "B T K"],
     weights: Float[Array, "B T K"],
-    w_gate: Float[Array, "E D F"],
-    w_up: Float[Array, "E D F"],
-    w_down: Float[Array, "E F D"],
+    w_gate: Float[Array, "E D_fsdp F"],
+    w_up: Float[Array, "E D_fsdp F"],
+    w_down: Float[Array, "E F D_fsdp"],
     *,
     buffers: Buffers,
     implementation: str,
@@ -100,7 +101,8 @@ def _experts_of_device(
     """One device's part: its tokens out to the experts' owners, its experts' work, its tokens back."""
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, indices, weights))
     rows, row_weights, plan = dispatch(*flat, n_local_experts=w_gate.shape[0], buffers=buffers)
-    weights = w_gate, w_up, w_down
+    # The FSDP all-gather, in here: its gradient is a reduce-scatter, where that of a reshard before is an all-reduce.
+    weights = [whole(w, "fsdp", i) for w, i in ((w_gate, 1), (w_up, 1), (w_down, 2))]
     y = grouped_swiglu(rows, row_weights, *weights, plan.group_sizes, implementation=implementation)
     return combine(y, plan).reshape(x.shape), lax.psum(plan.overflow, TOKEN_AXES)
 

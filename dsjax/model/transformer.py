@@ -73,7 +73,7 @@ class Block(nnx.Module):
         compute: ComputeConfig,
     ) -> tuple[Float[Array, "B T D"], LatentCache | KVCache, Layer | None]:
         """x after the block, what decoding will need of its tokens, and an MoE block's load."""
-        y, past = self.attn(self.attn_norm(x), rope, segment_ids)
+        y, past = self.attn(self.attn_norm(x), rope, segment_ids, compute.attention)
         x, layer = self._feed_forward(checkpoint_name(x + y, "attn_residual"), segment_ids, bias, balance, compute)
         return x, past, layer
 

@@ -144,3 +144,9 @@ def human(number: int) -> str:
             short = number / size
             return f"{short:.{1 if short >= 10 else 2}f}{suffix}"
     return str(number)
+
+
+def human_number(text: str) -> float:
+    """What `human` prints, and plain numbers: 14.8T is 1.48e13. Raises ValueError."""
+    sizes = {"T": 1e12, "B": 1e9, "M": 1e6, "K": 1e3}
+    return float(text[:-1]) * sizes[text[-1].upper()] if text[-1:].upper() in sizes and text[-1:] else float(text)

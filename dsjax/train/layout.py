@@ -1,5 +1,7 @@
 """Where a run's arrays live: the devices, their mesh, and batches laid out on it."""
 
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 
@@ -25,13 +27,21 @@ def device_mesh(config: Config):
         mesh = make_mesh(devices(), **vars(config.mesh))
     except MeshError as error:
         raise ConfigError(str(error)) from None
-    m, shape = config.model, mesh.shape
+    check_mesh(config, mesh.shape)
+    return mesh
+
+
+def check_mesh(config: Config, shape: Mapping[str, int]) -> None:
+    """Raises ConfigError with the arithmetic where a mesh of this shape does not divide what it is to cut."""
+    m = config.model
     rows = shape["data"] * shape["fsdp"] * shape["expert"]
     for field, value, axes, size in (
         ("batch_size / accumulate", config.batch_size // config.accumulate, "data * fsdp * expert", rows),
         ("seq_len", config.seq_len, "context", shape["context"]),
         ("model.n_routed_experts", m.n_routed_experts, "expert", shape["expert"]),
         ("model.hidden_size", m.hidden_size, "fsdp", shape["fsdp"]),
+        ("model.kv_lora_rank", m.kv_lora_rank if m.attention == "mla" else 0, "fsdp", shape["fsdp"]),
+        ("model.q_lora_rank", m.q_lora_rank or 0, "fsdp", shape["fsdp"]),
         ("model.num_attention_heads", m.num_attention_heads, "tensor", shape["tensor"]),
         ("model.intermediate_size", m.intermediate_size, "tensor", shape["tensor"]),
         ("model.moe_intermediate_size", m.moe_intermediate_size, "tensor", shape["tensor"]),
@@ -48,7 +58,6 @@ def device_mesh(config: Config):
             f"compute.overlap=batch-split: expected an even number of rows on a device, got {own} "
             f"(batch_size / accumulate / (data * fsdp * expert))"
         )
-    return mesh
 
 
 def on_mesh(arrays: dict[str, np.ndarray], mesh, *, whole: bool = False) -> Batch:

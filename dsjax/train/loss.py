@@ -11,9 +11,10 @@ from dsjax.config import Config
 from dsjax.model.mtp import look_ahead
 from dsjax.model.transformer import DeepSeek
 from dsjax.state import Batch, RouterBias
-from sharding.rules import TOKEN_AXES, constrain, spec
+from sharding.rules import TOKEN_AXES, constrain, spec, whole
 
 _CHUNK_ELEMENTS = 1 << 22  # logits held at a time on one device: 16 MiB of float32
+_CHUNK_TOKENS = 1024  # but no fewer tokens: every chunk reads the head and adds to its gradient
 
 
 class Counts(NamedTuple):
@@ -74,20 +75,23 @@ def cross_entropy(
     tokens = spec("batch", "seq")
     return jax.shard_map(
         lambda h, w, t, v: lax.psum(_chunked(h.reshape(-1, h.shape[-1]), w, t.reshape(-1), v.reshape(-1)), TOKEN_AXES),
-        in_specs=(spec("batch", "seq", None), spec(None, "vocab"), tokens, tokens),
+        in_specs=(spec("batch", "seq", None), spec("embed", "vocab"), tokens, tokens),
         out_specs=spec(),
         check_vma=False,
-    )(hidden, constrain(head, None, "vocab"), targets, valid)
+    )(hidden, constrain(head, "embed", "vocab"), targets, valid)
 
 
 @jax.custom_vjp
 def _chunked(h, w, targets, valid):
+    w = whole(w, "fsdp")
     return lax.scan(
         lambda nats, chunk: (nats + _nats(w, *chunk)[0], None), jnp.float32(0), _chunks(w, h, targets, valid)
     )[0]
 
 
-def _chunked_fwd(h, w, targets, valid):
+def _chunked_fwd(h, w_shard, targets, valid):
+    w = whole(w_shard, "fsdp")
+
     def step(carry, chunk):
         nats, dw = carry
         h, targets, valid = chunk
@@ -99,6 +103,7 @@ def _chunked_fwd(h, w, targets, valid):
 
     init = jnp.float32(0), jnp.zeros(w.shape, jnp.float32)
     (nats, dw), dh = lax.scan(step, init, _chunks(w, h, targets, valid))
+    dw = lax.psum_scatter(dw, "fsdp", tiled=True)  # here, so that no whole gradient waits for the backward pass
     return nats, (dh.reshape(-1, h.shape[1])[: h.shape[0]], dw.astype(w.dtype))
 
 
@@ -112,7 +117,7 @@ _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 def _chunks(w, h, targets, valid):
     n = h.shape[0]
-    size = min(n, max(1, _CHUNK_ELEMENTS // w.shape[1]))
+    size = min(n, max(_CHUNK_TOKENS, _CHUNK_ELEMENTS // w.shape[1]))
     pad = -n % size
     return tuple(
         jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))).reshape(-1, size, *a.shape[1:]) for a in (h, targets, valid)

@@ -76,16 +76,20 @@ def naive(q, k, v, segment_ids, scale):
     return np.einsum("bhts,bshv->bthv", softmax(np.where(seen[:, None], scores, -np.inf)), v)
 
 
-def test_several_blocks_of_queries_equal_one_softmax_forward_and_backward():
-    t = 300  # no whole number of blocks
+@pytest.mark.parametrize(
+    ("implementation", "t"),
+    [("blocks", 300), ("splash_interpret", 256), ("splash_interpret", 300)],  # 300: no whole number of blocks
+)
+def test_several_blocks_of_queries_equal_one_softmax_forward_and_backward(implementation, t):
     rng = np.random.default_rng(0)
     q, k, v, g = (rng.normal(size=(1, t, 2, w)) for w in (8, 8, 6, 6))
-    q, g = (place(a, "batch", "seq", "heads", None) for a in (q, g))
-    k, v = (place(a, "batch", None, "heads", None) for a in (k, v))
-    segments = np.asarray([[1] * 140 + [2] * 100 + [0] * 60])
+    q, k, v, g = (place(a, "batch", "seq", "heads", None) for a in (q, k, v, g))
+    segments = np.asarray([[1] * 140 + [2] * 100 + [0] * (t - 240)])
     segment_ids = place(segments, "batch", "seq")
     y, gradients = jax.jit(
-        jax.value_and_grad(lambda q, k, v: jnp.sum(g * attend(q, k, v, segment_ids, 0.3)), argnums=(0, 1, 2))
+        jax.value_and_grad(
+            lambda q, k, v: jnp.sum(g * attend(q, k, v, segment_ids, 0.3, implementation)), argnums=(0, 1, 2)
+        )
     )(q, k, v)
 
     def whole(q, k, v):

@@ -32,10 +32,7 @@ def test_latents_travel_and_not_the_keys_that_they_expand_to():
     latent = B * T * (CFG.kv_lora_rank + CFG.qk_rope_head_dim)
     keys = B * T * CFG.num_attention_heads * (CFG.qk_head_dim + CFG.v_head_dim)
     gathered, summed = (
-        sum(
-            math.prod(map(int, shape.split(",")))
-            for shape in re.findall(rf"f32\[([\d,]+)\]\S* (?:{kind})\(", program)
-        )
+        sum(math.prod(map(int, shape.split(","))) for shape in re.findall(rf"f32\[([\d,]+)\]\S* (?:{kind})\(", program))
         for kind in ("all-gather", "all-reduce|reduce-scatter")
     )
     assert gathered == latent < keys / 4  # forward; under jax.checkpoint, once more

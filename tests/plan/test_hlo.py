@@ -1,0 +1,182 @@
+"""What a program sends and computes, from HLO text: of small texts, and of programs whose collectives are known."""
+
+# ruff: noqa: E501  (HLO has long lines)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import P, lax
+
+from dsjax.plan import hlo
+from sharding.mesh import AXES, make_mesh
+
+SIZES = (2, 2, 2, 1, 1, 1)  # data, fsdp, expert, context, tensor, stage
+
+TPU_TEXT = """\
+HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%cond (p: (s32[], bf16[64,128])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+  %p = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%async_piece.1 (w: bf16[32,128]) -> bf16[64,128] {
+  %w.1 = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%w.1), channel_id=4, replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1'}, dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="3"}, metadata={op_name="step/gather"}
+}
+
+%async_piece.2 (w: bf16[32,128]) -> bf16[64,128] {
+  %w.2 = bf16[32,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %gather.2 = bf16[64,128]{1,0:T(8,128)(2,1)} all-gather(%w.2), channel_id=4, replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1'}, dimensions={0}, use_global_device_ids=true, frontend_attributes={chain_id="3"}
+}
+
+%all-reduce-scatter.9 (g: f32[8,128]) -> f32[4,128] {
+  %g = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %sum.1 = f32[8,128]{1,0:T(8,128)} all-reduce(%g), channel_id=5, replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  ROOT %part = f32[4,128]{1,0:T(8,128)} slice(%sum.1), slice={[0:4], [0:128]}
+}
+
+%body (p: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
+  %p.1 = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  %x = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%p.1), index=1
+  %w = bf16[32,128]{1,0:T(8,128)(2,1)} slice(%x), slice={[0:32], [0:128]}
+  %start = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%w), kind=kCustom, calls=%async_piece.1
+  %done = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%w), kind=kCustom, calls=%async_piece.2
+  %kernel = bf16[64,128]{1,0:T(8,128)(2,1)} custom-call(%done), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="step/kernel"}, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %unknown = bf16[64,128]{1,0:T(8,128)(2,1)} copy(%kernel), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
+  ROOT %next = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) tuple(%i.1, %unknown)
+}
+
+ENTRY %main (x: bf16[64,128], g: f32[8,128]) -> bf16[64,128] {
+  %x.1 = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %g.1 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %one = s32[]{:T(128)} constant(1)
+  %init = (s32[]{:T(128)}, /*index=1*/bf16[64,128]{1,0:T(8,128)(2,1)}) tuple(%one, %x.1)
+  %loop = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) while(%init), condition=%cond, body=%body, metadata={op_name="step/while"}
+  %scattered = f32[4,128]{1,0:T(8,128)} fusion(%g.1), kind=kCustom, calls=%all-reduce-scatter.9
+  %sent = f32[4,128]{1,0:T(8,128)} collective-permute(%scattered), channel_id=6, source_target_pairs={{0,4},{1,5},{2,6},{3,7},{4,0},{5,1},{6,2},{7,3}}
+  ROOT %out = bf16[64,128]{1,0:T(8,128)(2,1)} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_tpu_programs_loops_pieces_and_kernels_are_read():
+    program = hlo.Program(TPU_TEXT)
+    assert program.loops() == [("step/while", 6)]  # from 1 to 7
+    found = {c.kind: c for c in hlo.collectives(program, AXES, SIZES)}
+    gather = found.pop("all-gather")
+    assert (gather.axes, gather.size, gather.times, gather.bytes) == (("fsdp",), 2, 6, 6 * 32 * 128 * 2)
+    scatter = found.pop("reduce-scatter")
+    assert (scatter.axes, scatter.times, scatter.bytes) == (("expert",), 1, 8 * 128 * 4 // 2)
+    permute = found.pop("collective-permute")
+    assert (permute.axes, permute.bytes) == (("data",), 4 * 128 * 4)
+    assert not found
+    assert hlo.estimated_cycles(program) == 6000
+    assert hlo.by_axis(hlo.collectives(program, AXES, SIZES)) == {"fsdp": 49152, "data": 2048, "expert": 2048}
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
+        ("replica_groups={}", [[0, 1, 2, 3]]),
+        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+        ("dimensions={0}", [[0, 1, 2, 3]]),
+    ],
+)
+def test_every_way_of_writing_groups_is_read(text, wanted):
+    assert np.asarray(hlo.groups(text, 4)).tolist() == wanted
+
+
+def compiled(f, mesh, *shapes):
+    """The program of f on a mesh, its arguments laid out as (shape, spec) say."""
+    with jax.set_mesh(mesh):
+        arguments = [
+            jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.NamedSharding(mesh, spec)) for shape, spec in shapes
+        ]
+        return hlo.Program(jax.jit(f).lower(*arguments).compile().as_text())
+
+
+def by_kind(program, mesh):
+    found = hlo.collectives(program, mesh.axis_names, tuple(mesh.shape.values()))
+    return {c.kind: c for c in found}
+
+
+def test_a_real_programs_sums_in_a_loop_are_counted_by_axis():
+    mesh = make_mesh(jax.devices()[:8], data=2, fsdp=4)
+
+    def local(x):
+        return lax.scan(lambda c, _: (jnp.sin(lax.psum(c, "fsdp")), None), x, None, length=5)[0]
+
+    def f(x):
+        return jax.shard_map(local, in_specs=P("data", None), out_specs=P("data", None), check_vma=False)(x)
+
+    found = by_kind(compiled(f, mesh, ((16, 32), P("data", None))), mesh)
+    assert set(found) == {"all-reduce"}
+    one = found["all-reduce"]
+    assert (one.axes, one.size, one.times) == (("fsdp",), 4, 5)
+    assert one.bytes == 5 * 2 * 8 * 32 * 4 * 3 // 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "collective", "sent"),
+    [
+        ("all-gather", lambda x: lax.all_gather(x, "expert", tiled=True), 2 * 32 * 4 * 3),
+        ("reduce-scatter", lambda x: lax.psum_scatter(jnp.tile(x, (4, 1)), "expert", tiled=True), 8 * 32 * 4 * 3 // 4),
+        ("all-to-all", lambda x: lax.all_to_all(jnp.tile(x, (2, 1)), "expert", 0, 0, tiled=True), 4 * 32 * 4 * 3 // 4),
+        ("collective-permute", lambda x: lax.ppermute(x, "expert", [(i, (i + 1) % 4) for i in range(4)]), 2 * 32 * 4),
+    ],
+)
+def test_each_kind_of_collective_is_counted_as_one_device_sends_it(kind, collective, sent):
+    mesh = make_mesh(jax.devices()[:8], data=2, expert=4)
+
+    def f(x):
+        over = P(("data", "expert"), None)
+        return jax.shard_map(collective, in_specs=over, out_specs=over, check_vma=False)(x)
+
+    found = by_kind(compiled(f, mesh, ((16, 32), P(("data", "expert"), None))), mesh)
+    assert set(found) == {kind}
+    assert (found[kind].axes, found[kind].times, found[kind].bytes) == (("expert",), 1, sent)
+
+
+def test_a_programs_matrix_products_are_counted_as_often_as_they_run():
+    mesh = make_mesh(jax.devices()[:1])
+
+    def f(x, w):
+        return lax.scan(lambda c, _: (c @ w, None), x, None, length=3)[0]
+
+    assert hlo.flops(compiled(f, mesh, ((8, 16), P()), ((16, 16), P()))) == 3 * 2 * 8 * 16 * 16
+
+
+def test_a_convolution_that_is_a_batch_of_products_counts_each_once():
+    text = """\
+ENTRY %main (a: f32[4,8,16], b: f32[4,16,32]) -> f32[4,8,32] {
+  %a = f32[4,8,16]{2,1,0} parameter(0)
+  %b = f32[4,16,32]{2,1,0} parameter(1)
+  ROOT %c = f32[4,8,32]{2,1,0} convolution(%a, %b), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf
+}
+"""
+    assert hlo.flops(hlo.Program(text)) == 2 * 4 * 8 * 16 * 32
+
+
+def test_types_are_measured():
+    assert hlo.type_bytes("(bf16[4,8]{1,0:T(8,128)(2,1)}, pred[3], f8e4m3fn[10], s32[])") == 64 + 3 + 10 + 4
