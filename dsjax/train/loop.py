@@ -21,10 +21,11 @@ import numpy as np
 from dsjax.config import Config, ConfigError
 from dsjax.data.pipeline import Corpus, TrainRows, batches, load_corpus
 from dsjax.state import Batch, Metrics, TrainState
+from dsjax.train import processes
 from dsjax.train.checkpoint import Checkpoints, abstract_state
 from dsjax.train.folder import adopt, owned
 from dsjax.train.heldout import Heldout, evaluate
-from dsjax.train.layout import device_mesh, devices, on_mesh, one_document
+from dsjax.train.layout import device_mesh, devices, on_mesh, one_document, share_of
 from dsjax.train.metrics import Interval, Recorder
 from dsjax.train.report import Report, corpus_rows, farewell_rows, plan_rows
 from dsjax.train.schedule import Schedule
@@ -34,6 +35,7 @@ __all__ = ["evaluate", "train"]
 
 # (model, router_bias, tokenizer, config, prompt, **options) -> pieces of text
 Sampler = Callable[..., Iterator[str]]
+SIGNALS = ("SIGTERM", "Ctrl-C")
 PROMPT_TOKENS, SAMPLE_TOKENS = 24, 48
 
 
@@ -55,18 +57,26 @@ def train(
     row.
     """
     run_folder = Path(run_folder)
+    processes.start(config.distributed)
     devices()
     report = Report(quiet)
     signals = Signals()
+
+    def prepare(make: bool) -> tuple[Config, Any, Corpus]:
+        adopted = adopt(config, run_folder, explicit or {}, report.say)
+        mesh, text, progress = device_mesh(adopted), adopted.data, make and not report.quiet
+        return (
+            adopted,
+            mesh,
+            load_corpus(text, adopted.model.vocab_size, run_folder, seed=adopted.seed, progress=progress, make=make),
+        )
+
     try:
-        with signals, owned(run_folder):
-            config = adopt(config, run_folder, explicit or {}, report.say)
-            mesh = device_mesh(config)
-            corpus = load_corpus(
-                config.data, config.model.vocab_size, run_folder, seed=config.seed, progress=not report.quiet
-            )
+        with processes.together(), signals, owned(run_folder):
+            config, mesh, corpus = processes.first_alone(prepare)
             report.table(corpus_rows(corpus.facts) + plan_rows(config, mesh, corpus.facts))
-            with jax.set_mesh(mesh), Checkpoints(run_folder, config.keep_checkpoints) as checkpoints:
+            checkpoints = Checkpoints(run_folder, config.keep_checkpoints)
+            with jax.set_mesh(mesh), checkpoints, processes.together():
                 return Run(config, run_folder, mesh, corpus, checkpoints, report, signals, sampler).go()
     except Stopped as stop:
         report.say(f"{stop}: ended before a step was taken; `dsjax train {run_folder}` starts again")
@@ -87,6 +97,8 @@ class Run:
         self.sampler: Sampler | None = sampler
         self.schedule = Schedule(config)
         self.heldout = Heldout(corpus, config, mesh)
+        self.agreed = processes.Agreement(mesh, SIGNALS)
+        self.share = share_of(mesh.local_devices, mesh, config.batch_size // config.accumulate)
 
     def go(self) -> dict[str, Any]:
         """The steps that are left, each evaluation that is due, and where everything is."""
@@ -166,7 +178,7 @@ class Run:
                 report.start_bar(first, config.steps)
                 self.clock, self.clock_step = time.perf_counter(), done
             report.step()
-            stop = self.signals.name is not None
+            stop = self.agreed(self.signals.name)
             log, save, evaluate = (
                 self._due(done, every) for every in (config.log_every, config.checkpoint_every, config.eval_every)
             )
@@ -179,6 +191,7 @@ class Run:
                 if save or stop:
                     self.checkpoints.save(done, state, self.interval.notes)
                 if stop:
+                    self.signals.name = stop
                     break
                 if evaluate:
                     self._evaluate(done, state)
@@ -196,8 +209,8 @@ class Run:
             self.schedule.rows,
             first,
             config.steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            micro_batch=self.share.total,
+            mine=self.share.rows,
         )
 
     def _batch(self, arrays: dict[str, np.ndarray]) -> Batch:
@@ -205,10 +218,10 @@ class Run:
         config = self.config
         if not config.data.document_mask:
             arrays = one_document(arrays)
-        rows = config.batch_size // config.accumulate // jax.process_count()
-        arrays = {name: a.reshape(-1, rows, a.shape[-1]) for name, a in arrays.items()}
+        arrays = {name: a.reshape(-1, len(self.share.rows), a.shape[-1]) for name, a in arrays.items()}
         more = config.accumulate - len(arrays["tokens"])
-        return on_mesh({name: np.pad(a, ((0, more), (0, 0), (0, 0))) for name, a in arrays.items()}, self.mesh)
+        arrays = {name: np.pad(a, ((0, more), (0, 0), (0, 0))) for name, a in arrays.items()}
+        return on_mesh(arrays, self.mesh, self.share)
 
     def _take(self, metrics: Metrics | None, done: int) -> None:
         """Waits for a step's metrics. Raises ConfigError if too many steps in a row were skipped."""
