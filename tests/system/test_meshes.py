@@ -33,4 +33,4 @@ def test_an_impossible_mesh_shows_its_arithmetic(texts, tmp_path):
     path = runs.write_config(runs.micro(texts), tmp_path / "micro.json")
     result = runs.dsjax("train", path, "--mesh.expert=3", env=runs.environment(tmp_path, 8), cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr == "dsjax: mesh: expert=3 = 3 does not divide the 8 devices; the nearest that does is 2\n"
+    assert result.stderr == "dsjax: mesh: expert=3 does not divide the 8 devices; the nearest that does is expert=4\n"
