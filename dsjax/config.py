@@ -227,7 +227,7 @@ class DistributedConfig:
     process_id: int | None = Field(None, ge=0, description="number of this process, from 0; none = found")
     devices: int | None = Field(None, gt=0, description="fake CPU devices of this process (--devices for short)")
     start_timeout_s: int = Field(300, gt=0, description="seconds to wait for all processes to come")
-    heartbeat_timeout_s: int = Field(20, gt=1, description="seconds after which a silent process counts as lost")
+    heartbeat_timeout_s: int = Field(30, gt=1, description="seconds after which a silent process counts as lost")
 
     def __post_init__(self):
         address, n, p = self.coordinator_address, self.num_processes, self.process_id

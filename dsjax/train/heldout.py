@@ -90,7 +90,10 @@ def evaluate(
         size = config.model.vocab_size
         return load_corpus(config.data, size, run_folder, seed=config.seed, progress=False, make=make)
 
-    with processes.together(), Checkpoints(run_folder, read_only=True) as checkpoints:
+    with (
+        processes.together(config.distributed.heartbeat_timeout_s),
+        Checkpoints(run_folder, read_only=True) as checkpoints,
+    ):
         corpus = processes.first_alone(read)
         with jax.set_mesh(mesh):
             step = checkpoints.find(step)

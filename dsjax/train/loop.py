@@ -72,7 +72,7 @@ def train(
         )
 
     try:
-        with processes.together(), signals, owned(run_folder):
+        with processes.together(config.distributed.heartbeat_timeout_s), signals, owned(run_folder):
             config, mesh, corpus = processes.first_alone(prepare)
             report.table(corpus_rows(corpus.facts) + plan_rows(config, mesh, corpus.facts))
             checkpoints = Checkpoints(run_folder, config.keep_checkpoints)

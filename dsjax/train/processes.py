@@ -1,8 +1,8 @@
 """Several processes of one job: they start together, wait for the first one, stop at one step, and end together.
 
 A job of one process passes through here unchanged. What the processes tell each other goes through the key-value store
-of JAX's own coordination service, in process 0; a process that is killed is missed there by its heartbeat, and the
-service ends the others.
+of JAX's own coordination service, in process 0. A process that is killed is missed there after
+distributed.heartbeat_timeout_s; where process 0 is killed itself, JAX ends the others.
 """
 
 import contextlib
@@ -24,9 +24,10 @@ from dsjax.config import ConfigError, DistributedConfig
 from sharding.mesh import AXES
 
 T = TypeVar("T")
-GRACE_S = 5  # from an error in one process to the end of all, whatever they wait for
+GRACE_S = 3  # from an error in one process to the end of all, whatever they wait for
 POLL_S = 0.5
-_FAILED = "dsjax/failed"
+_JAX_LATER_S = 15  # what JAX's own waits are longer than ours, as they end in a stack trace
+_FAILED, _ALIVE = "dsjax/failed", "dsjax/alive"
 # Of errors that only tell of another process's end.
 _LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "coordination service", "Connection reset", "NCCL")
 _turns = itertools.count()
@@ -70,7 +71,6 @@ def _join(config: DistributedConfig) -> None:
     if n == 1:
         return
     where = config.coordinator_address or f"the coordinator of {cluster.name}"
-    # JAX ends a process that waits too long, but with a stack trace: this comes before it.
     late = f"distributed: not all of {n} processes came to {where} within {config.start_timeout_s} s"
     timer = threading.Timer(config.start_timeout_s, _end, [late])
     timer.daemon = True
@@ -82,9 +82,9 @@ def _join(config: DistributedConfig) -> None:
         jax.distributed.initialize(
             **given,
             cluster_detection_method=None if cluster else "deactivate",
-            initialization_timeout=config.start_timeout_s + 60,
-            heartbeat_timeout_seconds=config.heartbeat_timeout_s,
-            shutdown_timeout_seconds=config.heartbeat_timeout_s,
+            initialization_timeout=config.start_timeout_s + _JAX_LATER_S,
+            heartbeat_timeout_seconds=config.heartbeat_timeout_s + _JAX_LATER_S,
+            shutdown_timeout_seconds=config.heartbeat_timeout_s + _JAX_LATER_S,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"distributed: {_first_line(error)}") from error
@@ -155,7 +155,7 @@ class Agreement:
 
 
 @contextlib.contextmanager
-def together():
+def together(heartbeat_timeout_s: float = 30):
     """All processes end when one of them fails inside, each with its message. May stand inside another.
 
     A process that waits for a lost one, and so cannot be told, is ended after GRACE_S.
@@ -165,7 +165,7 @@ def together():
             yield
         return
     over = threading.Event()
-    watcher = threading.Thread(target=_watch, args=[over], daemon=True)
+    watcher = threading.Thread(target=_watch, args=[over, heartbeat_timeout_s], daemon=True)
     _watched.set()
     watcher.start()
     try:
@@ -243,12 +243,38 @@ def _wait_for_failure() -> str | None:
     return failure
 
 
-def _watch(over: threading.Event) -> None:
-    """Ends this process when another one, or this one, has failed and the main thread has not ended in time."""
-    while not over.wait(POLL_S):
+def _watch(over: threading.Event, heartbeat_timeout_s: float) -> None:
+    """Says that this process lives, and ends it when one has failed and the main thread has not ended in time.
+
+    On process 0 it also finds out who has stopped saying so.
+    """
+    me, heard = distributed.global_state.process_id, {}
+    for beat in itertools.count():
+        if over.wait(POLL_S):
+            _say_alive(me, "gone")
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            _say_alive(me, str(beat))
+            if me == 0 and (silent := _silent(heard, heartbeat_timeout_s)):
+                _client().key_value_set(_FAILED, f"{silent} was killed or lost; start the job again, with any number")
         if failure := _failure():
-            time.sleep(GRACE_S)
+            time.sleep(GRACE_S + 2 * POLL_S * (me == 0))  # with process 0 ends what the others ask
             _end(None if _ended.is_set() else failure)
+
+
+def _say_alive(me: int, value: str) -> None:
+    _client().key_value_set(f"{_ALIVE}/{me}", value, allow_overwrite=True)
+
+
+def _silent(heard: dict[str, tuple[str, float]], timeout_s: float) -> str | None:
+    """A process whose last word is older than timeout_s. `heard` is kept between calls: last words and their times."""
+    now = time.monotonic()
+    for key, word in _client().key_value_dir_get(_ALIVE):
+        if heard.get(key, ("", now))[0] != word:
+            heard[key] = word, now
+        elif word != "gone" and now - heard[key][1] > timeout_s:
+            return f"process {key.rpartition('/')[2]}"
+    return None
 
 
 def _end(message: str | None) -> None:
