@@ -30,6 +30,7 @@ _JAX_LATER_S = 15  # what JAX's own waits are longer than ours, as they end in a
 _FAILED, _ALIVE = "dsjax/failed", "dsjax/alive"
 # Of errors that only tell of another process's end.
 _LOST = ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED", "coordination service", "Connection reset", "NCCL")
+_AGAIN = "start the job again, with any number of processes"
 _turns = itertools.count()
 _watched, _ended = threading.Event(), threading.Event()
 
@@ -227,11 +228,11 @@ def _telling():
         lost = isinstance(error, jax.errors.JaxRuntimeError) and any(mark in str(error) for mark in _LOST)
         if lost and (failure := _wait_for_failure()):
             raise _OtherFailed(failure) from error
-        said = f"another process was killed or lost ({_first_line(error)})" if lost else _first_line(error)
+        said = f"another process was killed or lost ({_first_line(error)}); {_AGAIN}" if lost else _first_line(error)
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # told already, or process 0 is gone
             _client().key_value_set(_FAILED, f"process {distributed.global_state.process_id}: {said}")
         if lost:
-            raise ConfigError(f"{said}; start the job again, with any number of processes") from error
+            raise ConfigError(said) from error
         raise
 
 
@@ -256,7 +257,7 @@ def _watch(over: threading.Event, heartbeat_timeout_s: float) -> None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _say_alive(me, str(beat))
             if me == 0 and (silent := _silent(heard, heartbeat_timeout_s)):
-                _client().key_value_set(_FAILED, f"{silent} was killed or lost; start the job again, with any number")
+                _client().key_value_set(_FAILED, f"{silent} was killed or lost; {_AGAIN}")
         if failure := _failure():
             time.sleep(GRACE_S + 2 * POLL_S * (me == 0))  # with process 0 ends what the others ask
             _end(None if _ended.is_set() else failure)
