@@ -185,6 +185,7 @@ Examples:
   dsjax train tiny
   dsjax train tiny --steps 100 --optimizer.peak-lr=1e-3
   dsjax train tiny --run runs/mine --data.sources=notes.txt,code/:0.5
+  dsjax train tiny --mesh.data=2 --mesh.expert=4 --devices=8
 
 Any field of the configuration is an option: `dsjax config PRESET` lists them with what they mean.""",
 )
@@ -369,9 +370,13 @@ def evaluate(run_folder: str, checkpoint: int | None, devices: int | None, as_js
     folder = _find_run(run_folder)
     changes = _with_devices(changes, devices)
     override(load(folder / "config.json"), changes)  # a typo shows before JAX is imported
+    import jax
+
     from dsjax.train import loop
 
     result = loop.evaluate(folder, changes, step=checkpoint)
+    if jax.process_index() > 0:
+        return
     if as_json:
         return click.echo(json.dumps(result, indent=2))
     rows = [(name, f"{value:.4f}" if isinstance(value, float) else _as_typed(value)) for name, value in result.items()]

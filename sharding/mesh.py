@@ -1,7 +1,7 @@
 """The mesh: six named axes, always all present, of Explicit type, so that an array's type says where it lives.
 
-The devices are laid out so that the last axes, which talk most, are nearest neighbours. Where the devices are in
-several slices, joined by a slower network, `data` crosses it, then `fsdp`; no other axis does.
+The devices are laid out so that the last axes, which talk most, are nearest neighbours. Where TPUs are in several
+slices, joined by a slower network, `data` crosses it, then `fsdp`; no other axis does.
 """
 
 import math
@@ -62,7 +62,8 @@ def arrange(devices: list, sizes: tuple[int, ...]) -> np.ndarray:
     slices: dict[int, list] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
-    if len(slices) == 1:
+    # GPUs in order of their hosts need no more: the first axes cross hosts, and any of them may.
+    if len(slices) == 1 or devices[0].platform != "tpu":
         return _on_torus(mesh_utils.create_device_mesh, sizes, devices)
     across, within = split_over_slices(sizes, [len(part) for _, part in sorted(slices.items())])
     return _on_torus(mesh_utils.create_hybrid_device_mesh, within, across, devices)

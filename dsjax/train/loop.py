@@ -230,6 +230,8 @@ class Run:
         metrics = jax.device_get(metrics)
         self.interval.add(metrics)
         if (n := int(metrics.skipped_in_a_row)) >= self.config.max_skipped_steps:
+            with contextlib.suppress(ConfigError):  # of several processes, each would end while the others write
+                self.checkpoints.wait()
             kept = self.checkpoints.latest()
             rest = "there is no checkpoint yet" if kept is None else f"checkpoint {kept} is intact"
             raise ConfigError(

@@ -126,6 +126,12 @@ def test_sizes_that_split_an_axis_of_the_torus_are_laid_out_too():
     assert mesh.shape == (2, 2, 2, 2, 4, 1) and len(set(mesh.flat)) == 64
 
 
+def test_gpus_keep_the_order_of_their_hosts_and_any_axis_may_cross_them():
+    gpus = [Chip(i, (0, 0, 0), i // 8, i // 8, platform="cuda", device_kind="NVIDIA H100") for i in range(32)]
+    mesh = arrange(gpus, fill_sizes(32, data=2, expert=16))
+    assert [gpu.id for gpu in mesh.flat] == list(range(32)) and crossings(mesh) == ["data", "expert"]
+
+
 def test_slices_that_no_mesh_fits_are_said_with_the_arithmetic():
     with pytest.raises(MeshError) as error:
         arrange(pod(2, 4, 4, 2), fill_sizes(64, expert=8, tensor=8))

@@ -1,6 +1,7 @@
 """Several processes of one job on this machine: they train as one, stop together, and a job goes on with fewer."""
 
 import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -46,15 +47,19 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def job(n: int, path, folders, *options: str, cache, devices: int = 1):
+def job(n: int, path, folders, *options: str, cache, devices: int = 1, command: str = "train"):
     """The n processes of a job, of so many fake devices each; none outlives the block."""
+
+    def what(folder):
+        return ["train", path, "--run", folder, "--quiet"] if command == "train" else [command, folder]
+
     address = f"--distributed.coordinator-address=127.0.0.1:{free_port()}"
     folders = folders if isinstance(folders, list) else [folders] * n
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(
                 runs.started(
-                    "train", path, "--run", folder, "--quiet", f"--devices={devices}", address,
+                    *what(folder), f"--devices={devices}", address,
                     f"--distributed.num-processes={n}", f"--distributed.process-id={i}",
                     f"--distributed.heartbeat-timeout-s={HEARTBEAT_S}", *options, env=runs.environment(cache),
                 )
@@ -111,6 +116,10 @@ def test_sigterm_on_one_process_stops_all_at_one_step_and_one_process_goes_on(pa
     assert result.returncode == 0, result.stderr
     assert f"resuming {run} at step {step}" in result.stderr and "distributed" not in result.stderr
     assert_same_losses(run, whole)
+    with job(2, path, run, "--json", command="eval", cache=cache) as processes:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert json.loads(outputs[0])["heldout_nats"] == pytest.approx(whole[-1]["heldout_nats"], rel=1e-5)
+    assert outputs[1] == ""
     assert "distributed" not in (run / "config.json").read_text()
     assert load(run / "config.json").distributed.num_processes is None
 
@@ -148,7 +157,7 @@ def test_where_the_first_process_is_killed_the_others_end_too(path, cache, whole
     assert code not in (0, None)
     assert "another task died" in said or "killed or lost" in said  # JAX's own words, or ours
     step = newest(run)
-    result = runs.dsjax("train", path, "--run", run, "--quiet", env=runs.environment(cache))
+    result = runs.dsjax("train", path, "--run", run, "--quiet", "--mesh.fsdp=-1", env=runs.environment(cache))
     assert result.returncode == 0 and f"resuming {run} at step {step}" in result.stderr, result.stderr
     assert_same_losses(run, whole)
 
