@@ -1,6 +1,7 @@
 """Configurations: what is refused and in which words, overrides, JSON."""
 
 import dataclasses
+import json
 import os
 import re
 

@@ -156,7 +156,7 @@ class Agreement:
 
 
 @contextlib.contextmanager
-def together(heartbeat_timeout_s: float = 30):
+def together(heartbeat_timeout_s: int = 30):
     """All processes end when one of them fails inside, each with its message. May stand inside another.
 
     A process that waits for a lost one, and so cannot be told, is ended after GRACE_S.
@@ -244,7 +244,7 @@ def _wait_for_failure() -> str | None:
     return failure
 
 
-def _watch(over: threading.Event, heartbeat_timeout_s: float) -> None:
+def _watch(over: threading.Event, heartbeat_timeout_s: int) -> None:
     """Says that this process lives, and ends it when one has failed and the main thread has not ended in time.
 
     On process 0 it also finds out who has stopped saying so.
@@ -252,7 +252,8 @@ def _watch(over: threading.Event, heartbeat_timeout_s: float) -> None:
     me, heard = distributed.global_state.process_id, {}
     for beat in itertools.count():
         if over.wait(POLL_S):
-            _say_alive(me, "gone")
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                _say_alive(me, "gone")
             return
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             _say_alive(me, str(beat))
@@ -267,7 +268,7 @@ def _say_alive(me: int, value: str) -> None:
     _client().key_value_set(f"{_ALIVE}/{me}", value, allow_overwrite=True)
 
 
-def _silent(heard: dict[str, tuple[str, float]], timeout_s: float) -> str | None:
+def _silent(heard: dict[str, tuple[str, float]], timeout_s: int) -> str | None:
     """A process whose last word is older than timeout_s. `heard` is kept between calls: last words and their times."""
     now = time.monotonic()
     for key, word in _client().key_value_dir_get(_ALIVE):
