@@ -56,6 +56,7 @@ class Number(click.ParamType):
 
 POSITIVE = Number(int, "a whole number greater than 0", lambda n: n > 0)
 NATURAL = Number(int, "a whole number at least 0", lambda n: 0 <= n < 2**32)
+DEVICES = click.option("--devices", type=POSITIVE, metavar="N", help="Compute on N fake devices of the CPU.")
 TEMPERATURE = Number(float, "a number at least 0 (0 = the likeliest token)", lambda t: 0 <= t < float("inf"))
 PRICE = Number(float, "a price greater than 0", lambda p: 0 < p < float("inf"))
 TOKENS = Number(human_number, "a number of tokens, as in 14.8T or 300B", lambda n: 0 < n < float("inf"))
@@ -182,24 +183,27 @@ def cli():
 @cli.command(
     fields=True,
     short_help="Pretrain a preset, or go on with a run.",
-    options_metavar="[--run PATH] [--quiet] [--FIELD=VALUE]...",
+    options_metavar="[--run PATH] [--devices N] [--quiet] [--FIELD=VALUE]...",
     epilog="""\b
 Examples:
   dsjax train tiny
   dsjax train tiny --steps 100 --optimizer.peak-lr=1e-3
   dsjax train tiny --run runs/mine --data.sources=notes.txt,code/:0.5
+  dsjax train tiny --mesh.data=2 --mesh.expert=4 --devices=8
 
 Any field of the configuration is an option: `dsjax config PRESET` lists them with what they mean.""",
 )
 @click.argument("preset")
 @click.option("--run", "run", metavar="PATH", help="Run folder; one that exists is resumed.  [default: runs/PRESET]")
+@DEVICES
 @click.option("--quiet", is_flag=True, help="One line a step interval and no bar, for logs.")
-def train(preset: str, run: str | None, quiet: bool, changes: dict[str, str]):
+def train(preset: str, run: str | None, devices: int | None, quiet: bool, changes: dict[str, str]):
     """Pretrain PRESET, or go on with a run that was stopped.
 
     PRESET is a name that `dsjax presets` lists, a configuration file (.json), or the folder of a run to go on with.
     """
     config, folder = _find_config(preset)
+    changes = _with_devices(changes, devices)
     config = override(config, changes)
     run_folder = Path(run) if run is not None else folder or Path("runs") / config.name
     if run_folder.exists() and not run_folder.is_dir():
@@ -351,7 +355,7 @@ def config(source: str, as_json: bool, changes: dict[str, str]):
     "eval",
     fields=True,
     short_help="Measure a trained model on held-out text.",
-    options_metavar="[--checkpoint STEP] [--json] [--FIELD=VALUE]...",
+    options_metavar="[--checkpoint STEP] [--devices N] [--json] [--FIELD=VALUE]...",
     epilog="""\b
 Examples:
   dsjax eval runs/tiny
@@ -359,18 +363,24 @@ Examples:
 )
 @click.argument("run_folder")
 @click.option("--checkpoint", type=NATURAL, metavar="STEP", help="Step of the checkpoint.  [default: the newest]")
+@DEVICES
 @click.option("--json", "as_json", is_flag=True, help="The numbers as JSON.")
-def evaluate(run_folder: str, checkpoint: int | None, as_json: bool, changes: dict[str, str]):
+def evaluate(run_folder: str, checkpoint: int | None, devices: int | None, as_json: bool, changes: dict[str, str]):
     """Measure the model of RUN_FOLDER on its held-out text, or on all text of other --data.sources.
 
     Bits a byte stand beside those of gzip -9 and xz -9 on the same bytes. Other text is read by the run's own
     tokenizer, and nothing is written.
     """
     folder = _find_run(run_folder)
+    changes = _with_devices(changes, devices)
     override(load(folder / "config.json"), changes)  # a typo shows before JAX is imported
+    import jax
+
     from dsjax.train import loop
 
     result = loop.evaluate(folder, changes, step=checkpoint)
+    if jax.process_index() > 0:
+        return
     if as_json:
         return click.echo(json.dumps(result, indent=2))
     rows = [(name, f"{value:.4f}" if isinstance(value, float) else _as_typed(value)) for name, value in result.items()]
@@ -544,6 +554,10 @@ def _find_config(source: str) -> tuple[Config, Path | None]:
     if "/" in source:
         raise ConfigError(_unknown_run(source))
     return configs.load(source), None
+
+
+def _with_devices(changes: dict[str, str], devices: int | None) -> dict[str, str]:
+    return changes if devices is None else changes | {"distributed.devices": str(devices)}
 
 
 def _find_run(source: str) -> Path:

@@ -218,6 +218,26 @@ class MeshConfig:
 
 
 @_config
+class DistributedConfig:
+    """The processes of this launch; no part of what the run is, and not kept with it."""
+
+    auto: bool = Field(True, description="join the processes of a cluster that JAX finds: Cloud TPU, GKE, Slurm")
+    coordinator_address: str | None = Field(None, description="HOST:PORT of process 0; none = found, or one process")
+    num_processes: int | None = Field(None, gt=0, description="processes of the job; none = found")
+    process_id: int | None = Field(None, ge=0, description="number of this process, from 0; none = found")
+    devices: int | None = Field(None, gt=0, description="fake CPU devices of this process (--devices for short)")
+    start_timeout_s: int = Field(300, gt=0, description="seconds to wait for all processes to come")
+    heartbeat_timeout_s: int = Field(30, gt=1, description="seconds after which a silent process counts as lost")
+
+    def __post_init__(self):
+        address, n, p = self.coordinator_address, self.num_processes, self.process_id
+        if address is not None and not address.rpartition(":")[2].isdecimal():
+            raise ConfigError(f"distributed.coordinator_address={show(address)}: expected HOST:PORT")
+        if n is not None and p is not None and p >= n:
+            raise ConfigError(f"distributed.process_id={p}: expected a number below distributed.num_processes={n}")
+
+
+@_config
 class ComputeConfig:
     """How the same numbers are computed."""
 
@@ -279,6 +299,7 @@ class Config:
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     mesh: MeshConfig = Field(default_factory=MeshConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     compute: ComputeConfig = Field(default_factory=ComputeConfig)
 
     def __post_init__(self):
@@ -360,11 +381,15 @@ def replace(config, **changes):
 
 
 def save(config: Config, path: str | os.PathLike) -> None:
-    """Writes the configuration as JSON; a reader sees the old file or the new one, never a part."""
+    """Writes the configuration as JSON; a reader sees the old file or the new one, never a part.
+
+    `distributed` is left out: it is of one launch.
+    """
     path = Path(path)
+    values = {name: value for name, value in to_dict(config).items() if name != "distributed"}
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            file.write(json.dumps(to_dict(config), indent=2) + "\n")
+            file.write(json.dumps(values, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o666 & ~_umask())  # a temporary file is born readable by its owner only

@@ -273,3 +273,12 @@ for args in (["--help"], ["train", "--help"], ["config", "v3"], ["presets"]):
 assert "jax" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL, env=os.environ)
+
+
+def test_devices_are_of_the_launch(calls, run_folder):
+    assert run("train", "tiny", "--devices=8", "--mesh.expert", "4").exit_code == 0
+    config, _, _, explicit = calls[-1]
+    assert config.distributed.devices == 8 and explicit == {"mesh.expert": "4", "distributed.devices": "8"}
+    assert run("eval", run_folder, "--devices", "2").exit_code == 0
+    assert calls[-1][1] == {"distributed.devices": "2"}
+    assert refused("train", "tiny", "--devices=none") == "--devices=none: expected a whole number greater than 0"

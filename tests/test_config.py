@@ -1,6 +1,7 @@
 """Configurations: what is refused and in which words, overrides, JSON."""
 
 import dataclasses
+import json
 import os
 import re
 
@@ -235,3 +236,25 @@ def test_words():
     assert nearest("peak-lr", ["steps", "optimizer.peak-lr"]) == ["optimizer.peak-lr"]
     shown = {None: "none", True: "true", 1.5: "1.5", "a b": "a b", " ": "' '", (1, "x"): "1,x"}
     assert [show(value) for value in shown] == list(shown.values())
+
+
+def test_a_launch_is_not_kept_with_the_run(tmp_path):
+    config = override(Config(), {"distributed.coordinator_address": "host:1234", "distributed.num_processes": "2"})
+    save(config, tmp_path / "config.json")
+    assert "distributed" not in json.loads((tmp_path / "config.json").read_text())
+    assert load(tmp_path / "config.json") == Config()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coordinator_address": "host"}, "distributed.coordinator_address=host: expected HOST:PORT"),
+        ({"num_processes": "2", "process_id": "2"}, "distributed.process_id=2: expected a number below "),
+        ({"num_processes": "0"}, "distributed.num_processes=0: expected a whole number greater than 0, or none"),
+        ({"devices": "x"}, "distributed.devices=x: expected a whole number greater than 0, or none"),
+    ],
+)
+def test_a_launch_that_cannot_be_is_named(changes, message):
+    with pytest.raises(ConfigError) as error:
+        override(Config(), {f"distributed.{name}": value for name, value in changes.items()})
+    assert str(error.value).startswith(message)

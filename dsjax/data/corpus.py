@@ -52,25 +52,33 @@ class Survey:
     skipped: dict[str, int]
 
 
-def load_corpus(config: DataConfig, vocab_size: int, folder: Path, *, seed: int = 0, progress: bool = True) -> Corpus:
+def load_corpus(
+    config: DataConfig, vocab_size: int, folder: Path, *, seed: int = 0, progress: bool = True, make: bool = True
+) -> Corpus:
     """The corpus of the run in `folder`: made at the first call, read back at later ones, the same each time.
 
     Training and held-out documents depend on the text alone; `seed` only draws what a tokenizer is trained on where
     the corpus is larger than BPE_BYTES. Raises ConfigError for input that cannot be read, for a vocabulary that does
-    not fit, and where `folder` holds the tokenizer of another corpus.
+    not fit, where `folder` holds the tokenizer of another corpus and, without `make`, where it does not hold this one.
     """
     folder = Path(folder)
     if config.tokenizer in ("bpe", "bytes"):
         check_vocabulary(config.tokenizer, vocab_size)
     survey = survey_sources(config)
-    (folder / "data").mkdir(parents=True, exist_ok=True)
-    for leftover in folder.rglob("*.tmp"):
+    if make:
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+    for leftover in folder.rglob("*.tmp") if make else ():
         if time.time() - leftover.stat().st_mtime > 600:  # of a killed process, not of one at work beside us
             leftover.unlink(missing_ok=True)
-    tokenizer = _tokenizer(config, vocab_size, folder, survey, seed, progress)
+    tokenizer = _tokenizer(config, vocab_size, folder, survey, seed, progress) if make else Tokenizer.load(folder)
     check_vocabulary(config.tokenizer, vocab_size, tokenizer, config.fim_rate)
     fingerprint = _digest(f"{_fingerprint(survey)} {survey.weights.tolist()} {tokenizer.dumps()}".encode())
     facts = _read_facts(folder / "data", fingerprint)
+    if facts is None and not make:
+        raise ConfigError(
+            f"{folder / 'data'}: not the tokens of data.sources={','.join(config.sources)}; expected the same text, "
+            f"Python ({platform.python_version()} here) and run folder for all processes"
+        )
     if facts is None:
         facts = _encode(config, folder / "data", survey, tokenizer, fingerprint, progress)
     train, heldout = (

@@ -1,4 +1,4 @@
-"""Batches of packed rows: sources -> tokens -> FIM -> rows -> batch = f(seed, step), on any number of hosts.
+"""Batches of packed rows: sources -> tokens -> FIM -> rows -> batch = f(seed, step), on any number of processes.
 
 corpus = load_corpus(config.data, config.model.vocab_size, run_folder)
 rows = TrainRows(corpus, config.data, config.seq_len, config.seed)
@@ -8,7 +8,7 @@ for step, arrays in batches(rows, lambda step: (16 * step, 16 * step + 16), 0, 1
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -77,22 +77,20 @@ def batches(
     first_step: int,
     last_step: int,
     *,
-    process_index: int = 0,
-    process_count: int = 1,
+    micro_batch: int = 1,
+    mine: Sequence[int] = (0,),
     threads: int = 2,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """(step, arrays [local rows, T]) for each step from first_step until before last_step, read ahead in threads.
+    """(step, arrays [rows, T]) for each step from first_step until before last_step, read ahead in threads.
 
-    `ranges(step)` is the step's global rows (start, stop); process p of n takes the p-th of n equal parts of them.
+    `ranges(step)` is the step's global rows (start, stop), one micro-batch behind the other. Of each micro-batch only
+    the rows `mine` are read, the same ones whoever reads the others; by default all.
     """
 
     def read(step: int):
         start, stop = ranges(step)
-        if (stop - start) % process_count:
-            raise ConfigError(f"batch_size: {stop - start} rows of step {step} do not divide by {process_count} hosts")
-        size = (stop - start) // process_count
-        mine = [rows[start + process_index * size + i] for i in range(size)]
-        return step, {name: np.stack([row[name] for row in mine]) for name in mine[0]}
+        chosen = [rows[first + i] for first in range(start, stop, micro_batch) for i in mine]
+        return step, {name: np.stack([row[name] for row in chosen]) for name in chosen[0]}
 
     dataset = grain.MapDataset.range(first_step, last_step).map(read)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))

@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from dsjax import config as configuration
 from dsjax.config import Config, ConfigError, show
 from dsjax.data.tokenizer import TOKENIZER_FILES, Tokenizer
 from dsjax.train.checkpoint import has_checkpoint, imported
+from dsjax.train.processes import from_first
 
 # What a run may be resumed with another value of. The rest decides which text a step sees, or the shape of the state.
 _RESUMABLE = (
@@ -33,19 +36,45 @@ _FIXED = ("optimizer.ema_decay",)
 
 @contextlib.contextmanager
 def owned(run_folder: Path):
-    """Makes the run folder, and keeps other processes from training there."""
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with (run_folder / "lock").open("w") as lock:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"{run_folder}: another process is training here; choose another --run") from None
-            except OSError:  # a file system without locks
-                pass
+    """Makes the run folder, and keeps other jobs from training there.
+
+    Of several processes the first one does it, and the others look whether they see the same folder.
+    """
+    first = jax.process_index() == 0
+    if first:
+        run_folder.mkdir(parents=True, exist_ok=True)
+    with (run_folder / "lock").open("a+") if first else contextlib.nullcontext() as lock:
+        if first:
+            _lock(lock, run_folder)
             for leftover in run_folder.glob(".config.json.*"):  # of a process killed while it wrote
                 leftover.unlink(missing_ok=True)
+        written = from_first(lambda: (run_folder / "lock").read_text())
+        if not first and _read(run_folder / "lock") != written:
+            raise ConfigError(
+                f"{run_folder.absolute()}: process {jax.process_index()} does not see what process 0 wrote there; "
+                "expected a --run that all processes share"
+            )
         yield
+
+
+def _lock(lock, run_folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"{run_folder}: another process is training here; choose another --run") from None
+    except OSError:  # a file system without locks
+        pass
+    lock.truncate(0)
+    lock.write(uuid.uuid4().hex)
+    lock.flush()
+    os.fsync(lock.fileno())
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
 
 
 def adopt(config: Config, run_folder: Path, explicit: dict[str, Any], say: Callable[[str], None]) -> Config:
@@ -86,8 +115,11 @@ def run_tokenizer(run_folder: Path) -> Tokenizer:
 
 
 def differences(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (old, new) of every field that differs."""
-    old, new = ({name: value for name, value, _ in configuration.field_rows(c)} for c in (before, after))
+    """Dotted name -> (old, new) of every field of the run that differs."""
+    old, new = (
+        {name: value for name, value, _ in configuration.field_rows(c) if not name.startswith("distributed.")}
+        for c in (before, after)
+    )
     return {name: (old.get(name), new.get(name)) for name in {**old, **new} if old.get(name) != new.get(name)}
 
 

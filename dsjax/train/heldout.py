@@ -17,6 +17,7 @@ from dsjax.data.pipeline import Corpus, heldout_rows, load_corpus
 from dsjax.data.sources import read_documents
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.state import TrainState
+from dsjax.train import processes
 from dsjax.train.checkpoint import Checkpoints, abstract_state
 from dsjax.train.folder import differences, run_tokenizer
 from dsjax.train.layout import device_mesh, on_mesh
@@ -52,7 +53,7 @@ class Heldout:
         sums = np.zeros(3)
         for start in range(0, len(self.rows["tokens"]), self.size):
             rows = {name: a[start : start + self.size] for name, a in self.rows.items()}
-            batch = on_mesh(rows, self.mesh, whole=True)
+            batch = on_mesh(rows, self.mesh)
             while (result := np.asarray(_nats(self.compute)(model, batch, router_bias), np.float64))[2]:
                 if self.compute.on_overflow == "drop":
                     break
@@ -84,12 +85,20 @@ def evaluate(
                 f"{name}={configuration.show(value)}: an evaluation cannot change it; it can change "
                 f"{', '.join(part + '*' if part.endswith('.') else part for part in _OPEN)}"
             )
+    processes.start(config.distributed)
     mesh = device_mesh(config)
-    with Checkpoints(run_folder, read_only=True) as checkpoints:
-        if config.data == saved.data:
-            corpus = load_corpus(config.data, config.model.vocab_size, run_folder, seed=config.seed, progress=False)
-        else:
-            corpus = whole_text(config.data, run_tokenizer(run_folder))
+
+    def read(make: bool) -> Corpus:
+        if config.data != saved.data:
+            return whole_text(config.data, run_tokenizer(run_folder))
+        size = config.model.vocab_size
+        return load_corpus(config.data, size, run_folder, seed=config.seed, progress=False, make=make)
+
+    with (
+        processes.together(config.distributed.heartbeat_timeout_s),
+        Checkpoints(run_folder, read_only=True) as checkpoints,
+    ):
+        corpus = processes.first_alone(read)
         with jax.set_mesh(mesh):
             step = checkpoints.find(step)
             state = checkpoints.restore_model(step, abstract_state(config, mesh))

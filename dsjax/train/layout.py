@@ -1,13 +1,17 @@
 """Where a run's arrays live: the devices, their mesh, and batches laid out on it."""
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
 
 import jax
 import numpy as np
 
 from dsjax.config import Config, ConfigError
 from dsjax.state import Batch
-from sharding.mesh import MeshError, make_mesh
+from dsjax.train.processes import check_joined
+from sharding.mesh import MeshError, divisors, make_mesh
 from sharding.rules import spec
 
 
@@ -16,9 +20,11 @@ def devices() -> list:
     # Programs of several CPU devices that run at once can wait for each other without end; accelerators ignore this.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        return jax.devices()
+        found = jax.devices()
     except RuntimeError as error:
         raise ConfigError(f"no devices: {str(error).splitlines()[0]}") from None
+    check_joined()
+    return found
 
 
 def device_mesh(config: Config):
@@ -33,24 +39,31 @@ def device_mesh(config: Config):
 
 def check_mesh(config: Config, shape: Mapping[str, int]) -> None:
     """Raises ConfigError with the arithmetic where a mesh of this shape does not divide what it is to cut."""
-    m = config.model
-    rows = shape["data"] * shape["fsdp"] * shape["expert"]
-    for field, value, axes, size in (
-        ("batch_size / accumulate", config.batch_size // config.accumulate, "data * fsdp * expert", rows),
-        ("seq_len", config.seq_len, "context", shape["context"]),
-        ("model.n_routed_experts", m.n_routed_experts, "expert", shape["expert"]),
-        ("model.hidden_size", m.hidden_size, "fsdp", shape["fsdp"]),
-        ("model.kv_lora_rank", m.kv_lora_rank if m.attention == "mla" else 0, "fsdp", shape["fsdp"]),
-        ("model.q_lora_rank", m.q_lora_rank or 0, "fsdp", shape["fsdp"]),
-        ("model.num_attention_heads", m.num_attention_heads, "tensor", shape["tensor"]),
-        ("model.intermediate_size", m.intermediate_size, "tensor", shape["tensor"]),
-        ("model.moe_intermediate_size", m.moe_intermediate_size, "tensor", shape["tensor"]),
-        ("model.vocab_size", m.vocab_size, "tensor", shape["tensor"]),
-        ("the number of pipeline stages", 1, "stage", shape["stage"]),
+    m, n_devices = config.model, math.prod(shape.values())
+    rows = {axis: shape[axis] for axis in ("data", "fsdp", "expert")}
+    for field, value, sizes in (
+        ("batch_size / accumulate", config.batch_size // config.accumulate, rows),
+        ("seq_len", config.seq_len, {"context": shape["context"]}),
+        ("model.n_routed_experts", m.n_routed_experts, {"expert": shape["expert"]}),
+        ("model.hidden_size", m.hidden_size, {"fsdp": shape["fsdp"]}),
+        ("model.kv_lora_rank", m.kv_lora_rank if m.attention == "mla" else 0, {"fsdp": shape["fsdp"]}),
+        ("model.q_lora_rank", m.q_lora_rank or 0, {"fsdp": shape["fsdp"]}),
+        ("model.num_attention_heads", m.num_attention_heads, {"tensor": shape["tensor"]}),
+        ("model.intermediate_size", m.intermediate_size, {"tensor": shape["tensor"]}),
+        ("model.moe_intermediate_size", m.moe_intermediate_size, {"tensor": shape["tensor"]}),
+        ("model.vocab_size", m.vocab_size, {"tensor": shape["tensor"]}),
+        ("the number of pipeline stages", 1, {"stage": shape["stage"]}),
     ):
+        size = math.prod(sizes.values())
         if value % size:
-            raise ConfigError(f"mesh: {axes} = {size} does not divide {field} = {value}")
-    groups, own = config.compute.expert_groups, config.batch_size // config.accumulate // rows
+            near = min((d for d in divisors(n_devices) if value % d == 0), key=lambda d: abs(math.log(d / size)))
+            used = [f"{axis}={n}" for axis, n in sizes.items() if n > 1]
+            product = " * ".join(used) + f" = {size}" * (len(used) > 1)
+            raise ConfigError(
+                f"mesh: {product} does not divide {field} = {value}; of what divides the {n_devices} devices, the "
+                f"nearest that does is {near}"
+            )
+    groups, own = config.compute.expert_groups, config.batch_size // config.accumulate // math.prod(rows.values())
     if shape["expert"] % groups:
         raise ConfigError(f"compute.expert_groups={groups}: expected a divisor of mesh.expert={shape['expert']}")
     if config.compute.overlap == "batch-split" and own % 2:
@@ -60,13 +73,37 @@ def check_mesh(config: Config, shape: Mapping[str, int]) -> None:
         )
 
 
-def on_mesh(arrays: dict[str, np.ndarray], mesh, *, whole: bool = False) -> Batch:
-    """A Batch [..., B, T] laid out on the mesh, from this process's rows, or from all rows if `whole`."""
-    names = (*(None,) * (arrays["tokens"].ndim - 2), "batch", "seq")
-    sharding = jax.NamedSharding(mesh, spec(*names))
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of a batch that a process reads: those of which its devices hold a part.
+
+    Processes may share rows, where `context` or `tensor` runs across them; the mesh decides, not a process's number.
+    """
+
+    rows: tuple[int, ...]  # rising
+    total: int  # rows of the whole batch
+
+    def part(self, a: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+        """A device's part, whose index in the whole [..., total, T] is given, of the share [..., len(rows), T]."""
+        *whole, rows, tokens = index
+        here = np.searchsorted(self.rows, range(*rows.indices(self.total)))
+        return a[(*whole, here)][..., tokens]
+
+
+def share_of(devices: Iterable, mesh, total: int) -> Share:
+    """The rows of a batch of `total` that these devices of a mesh need."""
+    places = jax.NamedSharding(mesh, spec("batch")).devices_indices_map((total,))
+    return Share(tuple(sorted({row for d in devices for row in range(*places[d][0].indices(total))})), total)
+
+
+def on_mesh(arrays: dict[str, np.ndarray], mesh, share: Share | None = None) -> Batch:
+    """A Batch [..., B, T] laid out on the mesh, from this process's share of its rows; from all rows, without one."""
+    *whole, n, length = arrays["tokens"].shape
+    share = share or Share(tuple(range(n)), n)
+    sharding = jax.NamedSharding(mesh, spec(*(None,) * len(whole), "batch", "seq"))
 
     def place(a: np.ndarray) -> jax.Array:
-        return jax.device_put(a, sharding) if whole else jax.make_array_from_process_local_data(sharding, a)
+        return jax.make_array_from_callback((*whole, share.total, length), sharding, functools.partial(share.part, a))
 
     return Batch(*(place(arrays[name]) for name in ("tokens", "segment_ids", "positions")))
 

@@ -21,10 +21,11 @@ import numpy as np
 from dsjax.config import Config, ConfigError, more_room, replace
 from dsjax.data.pipeline import Corpus, TrainRows, batches, load_corpus
 from dsjax.state import Batch, Metrics, TrainState
+from dsjax.train import processes
 from dsjax.train.checkpoint import Checkpoints, abstract_state
 from dsjax.train.folder import adopt, owned
 from dsjax.train.heldout import Heldout, evaluate
-from dsjax.train.layout import device_mesh, devices, on_mesh, one_document
+from dsjax.train.layout import device_mesh, devices, on_mesh, one_document, share_of
 from dsjax.train.metrics import Interval, Recorder
 from dsjax.train.report import Report, corpus_rows, farewell_rows, plan_rows
 from dsjax.train.schedule import Schedule
@@ -34,6 +35,7 @@ __all__ = ["evaluate", "train"]
 
 # (model, router_bias, tokenizer, config, prompt, **options) -> pieces of text
 Sampler = Callable[..., Iterator[str]]
+SIGNALS = ("SIGTERM", "Ctrl-C")
 PROMPT_TOKENS, SAMPLE_TOKENS = 24, 48
 
 
@@ -55,18 +57,26 @@ def train(
     row.
     """
     run_folder = Path(run_folder)
+    processes.start(config.distributed)
     devices()
     report = Report(quiet)
     signals = Signals()
+
+    def prepare(make: bool) -> tuple[Config, Any, Corpus]:
+        adopted = adopt(config, run_folder, explicit or {}, report.say)
+        mesh, text, progress = device_mesh(adopted), adopted.data, make and not report.quiet
+        return (
+            adopted,
+            mesh,
+            load_corpus(text, adopted.model.vocab_size, run_folder, seed=adopted.seed, progress=progress, make=make),
+        )
+
     try:
-        with signals, owned(run_folder):
-            config = adopt(config, run_folder, explicit or {}, report.say)
-            mesh = device_mesh(config)
-            corpus = load_corpus(
-                config.data, config.model.vocab_size, run_folder, seed=config.seed, progress=not report.quiet
-            )
+        with processes.together(config.distributed.heartbeat_timeout_s), signals, owned(run_folder):
+            config, mesh, corpus = processes.first_alone(prepare)
             report.table(corpus_rows(corpus.facts) + plan_rows(config, mesh, corpus.facts))
-            with jax.set_mesh(mesh), Checkpoints(run_folder, config.keep_checkpoints) as checkpoints:
+            checkpoints = Checkpoints(run_folder, config.keep_checkpoints)
+            with jax.set_mesh(mesh), checkpoints, processes.together():
                 return Run(config, run_folder, mesh, corpus, checkpoints, report, signals, sampler).go()
     except Stopped as stop:
         report.say(f"{stop}: ended before a step was taken; `dsjax train {run_folder}` starts again")
@@ -87,6 +97,8 @@ class Run:
         self.sampler: Sampler | None = sampler
         self.schedule = Schedule(config)
         self.heldout = Heldout(corpus, config, mesh)
+        self.agreed = processes.Agreement(mesh, SIGNALS)
+        self.share = share_of(mesh.local_devices, mesh, config.batch_size // config.accumulate)
 
     def go(self) -> dict[str, Any]:
         """The steps that are left, each evaluation that is due, and where everything is."""
@@ -164,7 +176,7 @@ class Run:
                 report.say(f"the first step took {time.perf_counter() - started:.0f} s, with its compilation")
                 report.start_bar(first, config.steps)
                 self.clock, self.clock_step = time.perf_counter(), done
-            stop = self.signals.name is not None
+            stop = self.agreed(self.signals.name)
             log, save, evaluate = (
                 self._due(done, every) for every in (config.log_every, config.checkpoint_every, config.eval_every)
             )
@@ -184,6 +196,7 @@ class Run:
                 if save or stop:
                     self.checkpoints.save(done, state, self.interval.notes)
                 if stop:
+                    self.signals.name = stop
                     break
                 if evaluate:
                     self._evaluate(done, state)
@@ -201,8 +214,8 @@ class Run:
             self.schedule.rows,
             first,
             config.steps,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            micro_batch=self.share.total,
+            mine=self.share.rows,
         )
 
     def _batch(self, arrays: dict[str, np.ndarray]) -> Batch:
@@ -210,10 +223,10 @@ class Run:
         config = self.config
         if not config.data.document_mask:
             arrays = one_document(arrays)
-        rows = config.batch_size // config.accumulate // jax.process_count()
-        arrays = {name: a.reshape(-1, rows, a.shape[-1]) for name, a in arrays.items()}
+        arrays = {name: a.reshape(-1, len(self.share.rows), a.shape[-1]) for name, a in arrays.items()}
         more = config.accumulate - len(arrays["tokens"])
-        return on_mesh({name: np.pad(a, ((0, more), (0, 0), (0, 0))) for name, a in arrays.items()}, self.mesh)
+        arrays = {name: np.pad(a, ((0, more), (0, 0), (0, 0))) for name, a in arrays.items()}
+        return on_mesh(arrays, self.mesh, self.share)
 
     def _take(self, metrics: Metrics) -> bool:
         """Waits for the metrics of the next step to be taken; False if it did nothing, for want of room for its rows.
@@ -231,6 +244,8 @@ class Run:
         self.report.step()
         self.interval.add(metrics)
         if (n := int(metrics.skipped_in_a_row)) >= self.config.max_skipped_steps:
+            with contextlib.suppress(ConfigError):  # of several processes, each would end while the others write
+                self.checkpoints.wait()
             kept = self.checkpoints.latest()
             rest = "there is no checkpoint yet" if kept is None else f"checkpoint {kept} is intact"
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""A corpus is the same at every call; a batch is a function of seed and step on any number of hosts."""
+"""A corpus is the same at every call; a batch is a function of seed and step."""
 
 import gzip
 import json
@@ -112,15 +112,18 @@ def test_seeds_give_other_rows(corpus):
     assert not np.array_equal(rows_of(corpus, 0)[0]["tokens"], rows_of(corpus, 1)[0]["tokens"])
 
 
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_batches_are_the_same_for_any_number_of_hosts(corpus, n):
+@pytest.mark.parametrize("shares", [[(0, 1, 2, 3)], [(0, 1), (2, 3)], [(3,), (0, 2), (1, 3)]])
+def test_readers_of_some_rows_of_each_micro_batch_read_the_same_rows(corpus, shares):
+    """Three readers may need a row twice, and in any order."""
     rows = rows_of(corpus, fim_rate=0.3)
-    hosts = [batches(rows, ramp, 0, 12, process_index=p, process_count=n) for p in range(n)]
-    for wanted, parts in zip(range(12), zip(*hosts, strict=True), strict=True):
-        assert all(step == wanted for step, _ in parts)
-        for name in ("tokens", "segment_ids", "positions"):
-            whole = np.concatenate([arrays[name] for _, arrays in parts])
-            np.testing.assert_array_equal(whole, [rows[i][name] for i in range(*ramp(wanted))])
+    readers = [batches(rows, ramp, 0, 12, micro_batch=4, mine=mine) for mine in shares]
+    for wanted, parts in zip(range(12), zip(*readers, strict=True), strict=True):
+        start, stop = ramp(wanted)
+        for mine, (step, arrays) in zip(shares, parts):
+            assert step == wanted
+            numbers = [first + i for first in range(start, stop, 4) for i in mine]
+            for name in ("tokens", "segment_ids", "positions"):
+                np.testing.assert_array_equal(arrays[name], [rows[i][name] for i in numbers])
 
 
 @pytest.mark.parametrize("restart", [1, 5, 11])
@@ -130,11 +133,6 @@ def test_a_restart_goes_on_with_the_same_batches(corpus, restart):
     assert [step for step, _ in rest] == list(range(restart, 12))
     for (_, a), (_, b) in zip(whole[restart:], rest):
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
-
-
-def test_rows_that_do_not_divide_by_hosts_are_said(corpus):
-    with pytest.raises(Exception, match="4 rows of step 0 do not divide by 3 hosts"):
-        next(batches(rows_of(corpus), ramp, 0, 2, process_count=3))
 
 
 def same(a, b) -> bool:
@@ -157,6 +155,17 @@ def test_a_second_call_reads_the_same_corpus_and_writes_nothing(copied, corpus):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert same(load(), corpus)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_one_who_may_not_make_the_corpus_reads_it_or_says_what_is_missing(copied, texts, corpus):
+    folder, _ = copied
+    config = DataConfig(sources=(str(texts),), heldout_fraction=0.1)
+    assert same(load_corpus(config, 320, folder, progress=False, make=False), corpus)
+    (folder / "data" / "train.tokens").unlink()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ConfigError, match=r"data: not the tokens of data.sources=.*; expected the same text, Python"):
+        load_corpus(config, 320, folder, progress=False, make=False)
+    assert sorted(folder.rglob("*")) == before
 
 
 FILES = ["tokenizer.json", "data/tokenizer.from.json", "data/facts.json", "data/heldout.txt"]
