@@ -76,6 +76,7 @@ def _join(config: DistributedConfig) -> None:
     timer = threading.Timer(config.start_timeout_s, _end, [late])
     timer.daemon = True
     timer.start()
+    _keep_standard_output()
     print(f"dsjax: waiting for {n} processes at {where}", file=sys.stderr, flush=True)
     try:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -179,6 +180,19 @@ def together(heartbeat_timeout_s: int = 30):
         raise
     finally:
         _watched.clear()
+
+
+def _keep_standard_output() -> None:
+    """Sends to standard error what is not Python's: gloo tells of its connections where results belong."""
+    try:
+        if sys.stdout.fileno() != 1:
+            return
+    except (OSError, AttributeError):  # a notebook's, or none
+        return
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 class _OtherFailed(ConfigError):

@@ -389,8 +389,8 @@ def test_a_sample_continues_a_heldout_document(whole, run_folder, capsys):
 
 def test_a_wrong_mesh_shows_its_arithmetic(texts, tmp_path):
     for mesh, message in (
-        ({"expert": 3}, "mesh: expert=3 = 3 does not divide the 1 devices; the nearest that does is 1"),
-        ({"fsdp": 2}, "mesh: fsdp=2 = 2, but there are 1 devices"),
+        ({"expert": 3}, "mesh: expert=3 does not divide the 1 devices; the nearest that does is expert=1"),
+        ({"fsdp": 2}, "mesh: fsdp=2, but there are 1 devices; the nearest that fits is fsdp=1"),
     ):
         config = runs.micro(texts)
         with pytest.raises(ConfigError, match=message):
@@ -400,8 +400,8 @@ def test_a_wrong_mesh_shows_its_arithmetic(texts, tmp_path):
 def test_a_mesh_that_does_not_divide_the_model_names_the_field(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "devices", jax.devices)
     for mesh, message in (
-        ({"tensor": 8, "fsdp": 1}, "mesh: tensor = 8 does not divide model.num_attention_heads = 2"),
-        ({"stage": 8, "fsdp": 1}, "mesh: stage = 8 does not divide the number of pipeline stages = 1"),
+        ({"tensor": 8, "fsdp": 1}, "mesh: tensor=8 does not divide model.num_attention_heads = 2"),
+        ({"stage": 8, "fsdp": 1}, "mesh: stage=8 does not divide the number of pipeline stages = 1"),
         ({"context": 8, "fsdp": 1}, None),
     ):
         config = runs.micro(texts)
