@@ -12,15 +12,14 @@ from dsjax.train.metrics import Interval, Recorder, read_rows
 from dsjax.train.picture import draw
 
 
-def metrics(loss=1.0, skipped=0, in_a_row=0, layers=2, depth=1, experts=4) -> Metrics:
+def metrics(loss=1.0, skipped=0, in_a_row=0, overflow=0, layers=2, depth=1, experts=4) -> Metrics:
     def f(x):
         return np.asarray(x, np.float32)
 
     load = RouterBias(np.full((layers, experts), 5, np.float32), np.full((depth, experts), 5, np.float32))
     n = layers + depth
-    return Metrics(
-        f(loss), f([loss] * depth), f(0.1), f(2.0), load, f([0.5] * n), np.int32(skipped), np.int32(in_a_row)
-    )
+    counts = map(np.int32, (overflow, skipped, in_a_row))
+    return Metrics(f(loss), f([loss] * depth), f(0.1), f(2.0), load, f([0.5] * n), *counts)
 
 
 def test_a_row_is_the_mean_of_its_steps():
@@ -30,6 +29,13 @@ def test_a_row_is_the_mean_of_its_steps():
     row = interval.row()
     assert (row["loss"], row["mtp_loss"], row["max_vio_mean"]) == (2.5, [2.5], 0.5)
     assert row["load"] == [[15] * 4] * 3
+
+
+def test_rows_left_out_are_summed_over_the_interval():
+    interval = Interval()
+    for overflow in (3, 0, 4):
+        interval.add(metrics(overflow=overflow))
+    assert interval.row()["overflow"] == 7
 
 
 def test_skipped_steps_are_left_out_of_the_mean():
