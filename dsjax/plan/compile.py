@@ -103,6 +103,8 @@ def compile_step(config: Config, topology: Topology, timeout_s: float = 3600, ke
         if not out.exists():
             raise CompileError(_died(process.returncode, errors, topology))
         said = json.loads(out.read_text())
+    if "refused" in said:
+        raise CompileError(said["refused"])
     if "error" in said:
         message, needs = explain(said["error"], topology)
         raise CompileError(message, needs)
@@ -173,7 +175,18 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             return {"error": str(error)}
         activations = saved_bytes(config, *arguments)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
+    memory, cost, libtpu = (
+        compiled.memory_analysis(),
+        compiled.cost_analysis() or {},
+        importlib.metadata.version("libtpu"),
+    )
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        raise ConfigError(
+            f"JAX {jax.__version__} cannot read what libtpu {libtpu} compiles: `pip install 'dsjax[plan]'` takes the "
+            "libtpu that fits"
+        ) from None
     if job["hlo"]:
         Path(job["hlo"]).write_text(text)
     program = hlo.Program(text)
@@ -198,7 +211,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         "wall_s": time.monotonic() - started,
         "peak_rss": used.ru_maxrss * 1024,
         "jax": jax.__version__,
-        "libtpu": importlib.metadata.version("libtpu"),
+        "libtpu": libtpu,
     }
 
 
@@ -288,7 +301,7 @@ def _main(job: str, out: str) -> None:
     try:
         said = _run(json.loads(Path(job).read_text()))
     except ConfigError as error:
-        said = {"error": str(error)}
+        said = {"refused": str(error)}
     Path(out).write_text(json.dumps(said))
 
 
