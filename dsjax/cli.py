@@ -441,15 +441,14 @@ def plan(
     from dsjax.plan import job, report
 
     config = job.planned(config, changes, batch, seq)
-    compiling = not no_compile
+    compiling, compiled = not no_compile, None
     if search:
-        found, config = job.best(config, slice_, compile_best, slices, compiling, say=_note)
+        found, config, compiled = job.best(config, slice_, compile_best, slices, compiling, say=_note)
         if not as_json:
             _print_table(["mesh", "GiB", "step s", "compiled GiB", "step s"], found, right=range(1, 5))
             click.echo()
-    rows, whole = job.plan(
-        config, slice_, slices=slices, tokens=tokens, price=price, compiling=compiling, keep_hlo=keep_hlo, say=_note
-    )
+    options = {"slices": slices, "tokens": tokens, "price": price, "keep_hlo": keep_hlo}
+    rows, whole = job.plan(config, slice_, compiling=compiling, compiled=compiled, say=_note, **options)
     if as_json:
         click.echo(json.dumps(whole, indent=2))
     else:

@@ -31,6 +31,7 @@ DOORS = {
     "dsjax.train": ("dsjax.data", "dsjax.infer", "dsjax.plan"),
     "dsjax.infer": ("dsjax.data", "dsjax.hub", "dsjax.train"),
     "dsjax.hub": ("dsjax.data", "dsjax.train"),
+    "dsjax.plan": ("dsjax.train",),
     "dsjax": ("dsjax.hub",),  # dsjax.load, on first use
 }
 

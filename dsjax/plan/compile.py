@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import resource
@@ -32,7 +33,6 @@ ENVIRONMENT = {
 }
 # lax.ragged_dot by libtpu's own kernel: its default elsewhere than on v5p multiplies every row by every expert.
 OPTIONS = {"xla_tpu_enable_ragged_dot_kernel": True}
-LOOP_KERNEL = -1.0  # seconds that XLA's cost analysis puts down for a kernel whose cost it does not know
 _GIB = 1 << 30
 
 
@@ -103,6 +103,8 @@ def compile_step(config: Config, topology: Topology, timeout_s: float = 3600, ke
         if not out.exists():
             raise CompileError(_died(process.returncode, errors, topology))
         said = json.loads(out.read_text())
+    if "refused" in said:
+        raise CompileError(said["refused"])
     if "error" in said:
         message, needs = explain(said["error"], topology)
         raise CompileError(message, needs)
@@ -173,11 +175,21 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
             return {"error": str(error)}
         activations = saved_bytes(config, *arguments)
     used = resource.getrusage(resource.RUSAGE_SELF)
-    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
+    memory, cost, libtpu = (
+        compiled.memory_analysis(),
+        compiled.cost_analysis() or {},
+        importlib.metadata.version("libtpu"),
+    )
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        raise ConfigError(
+            f"JAX {jax.__version__} cannot read what libtpu {libtpu} compiles: `pip install 'dsjax[plan]'` takes the "
+            "libtpu that fits"
+        ) from None
     if job["hlo"]:
         Path(job["hlo"]).write_text(text)
     program = hlo.Program(text)
-    kernels = sum(i.opcode == "custom-call" and '"tpu_custom_call"' in i.rest for _, i, _ in program.instructions())
     state = arguments[0]
     return {
         "arguments": memory.argument_size_in_bytes,
@@ -188,7 +200,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         "optimizer": device_bytes(state.opt_state),
         "gradients": device_bytes(state.model) * (2 if config.accumulate > 1 else 1),
         "activations": activations,
-        "optimal_s": _known_seconds(cost.get("optimal_seconds", 0.0), kernels),
+        "optimal_s": _known_seconds(cost.get("optimal_seconds", 0.0)),
         "cost_flops": cost.get("flops", 0.0),
         "flops": hlo.flops(program),
         "cycles": hlo.estimated_cycles(program),
@@ -199,7 +211,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         "wall_s": time.monotonic() - started,
         "peak_rss": used.ru_maxrss * 1024,
         "jax": jax.__version__,
-        "libtpu": importlib.metadata.version("libtpu"),
+        "libtpu": libtpu,
     }
 
 
@@ -265,8 +277,6 @@ def device_bytes(tree) -> int:
 
 
 def _shard_bytes(a) -> int:
-    import math
-
     shape = a.sharding.shard_shape(a.shape) if a.sharding is not None else a.shape
     return math.prod(shape) * a.dtype.itemsize
 
@@ -282,16 +292,16 @@ def _without_first(sharding):
     return jax.NamedSharding(sharding.mesh, jax.P(*sharding.spec[1:]))
 
 
-def _known_seconds(seconds: float, kernels: int) -> float:
-    """The analysis's time without the -1 s that it puts down for every kernel it knows nothing of."""
-    return seconds - LOOP_KERNEL * kernels if seconds < 0 else seconds
+def _known_seconds(seconds: float) -> float:
+    """The analysis's time without the -1 s that it puts down for every operation it knows nothing of."""
+    return seconds - math.floor(seconds) if seconds < 0 else seconds
 
 
 def _main(job: str, out: str) -> None:
     try:
         said = _run(json.loads(Path(job).read_text()))
     except ConfigError as error:
-        said = {"error": str(error)}
+        said = {"refused": str(error)}
     Path(out).write_text(json.dumps(said))
 
 

@@ -41,15 +41,6 @@ def on_slice(config: Config, topology: Topology, slices: int = 1) -> Config:
     return replace(config, mesh=MeshConfig(**sizes))
 
 
-@dataclasses.dataclass(frozen=True)
-class Tried:
-    """A mesh of the search, and what the compiler said of it: a step, or why not."""
-
-    config: Config
-    compiled: Compiled | None
-    refused: str = ""
-
-
 def plan(
     config: Config,
     topology: Topology,
@@ -58,13 +49,18 @@ def plan(
     tokens: float,
     price: float | None,
     compiling: bool = True,
+    compiled: Compiled | None = None,
     keep_hlo: str = "",
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[report.Row], dict[str, Any]]:
-    """Rows of a plan on the configuration's mesh, and the same for JSON. Raises ConfigError, one line."""
+    """Rows of a plan on the configuration's mesh, and the same for JSON. Raises ConfigError, one line.
+
+    `compiled` is what the compiler said already, if it did.
+    """
     config = on_slice(config, topology, slices)
-    compiled = None
-    if compiling and slices > 1:
+    if compiled is not None:
+        pass
+    elif compiling and slices > 1:
         say("several slices: numbers are by arithmetic alone")
     elif compiling and available():
         say(f"compiling the step for {topology.name}: minutes")
@@ -83,12 +79,14 @@ def best(
     slices: int = 1,
     compiling: bool = True,
     say: Callable[[str], None] = lambda _: None,
-) -> tuple[list[tuple[str, ...]], Config]:
-    """The search's table (mesh, HBM, step by arithmetic, then by the compiler), and the configuration of the best."""
+) -> tuple[list[tuple[str, ...]], Config, Compiled | None]:
+    """The search's table (mesh, HBM, step by arithmetic, then by the compiler), and the best: what it is, and what the
+    compiler said of it.
+    """
     candidates = search(config, topology, slices)
-    compiling = compiling and available() and slices == 1
-    if not compiling:
+    if compiling and not available():
         say(INSTALL)
+    compiling = compiling and available() and slices == 1
     n, lines, results = topology.chip.devices, [], []
     for i, candidate in enumerate(candidates[: max(n_compiled, 10)]):
         mine = replace(config, mesh=candidate.mesh)
@@ -102,14 +100,14 @@ def best(
                 lines.append((*line, f"{error.needs * n / GIB:.1f}" if error.needs else "-", str(error)))
                 continue
             step = predicted(mine, topology, compiled)
-            results.append((step, i, mine))
+            results.append((step, i, mine, compiled))
             lines.append((*line, f"{compiled.hbm * n / GIB:.1f}", f"{step:.3f}"))
         else:
-            results.append((float("inf"), i, mine))
+            results.append((float("inf"), i, mine, None))
             lines.append((*line, "", ""))
     if not results:
         raise ConfigError(f"--search: none of the {n_compiled} meshes compiled; {lines[0][-1]}")
-    return lines, min(results, key=lambda result: result[:2])[2]
+    return lines, *min(results, key=lambda result: result[:2])[2:]
 
 
 def predicted(config: Config, topology: Topology, compiled: Compiled) -> float:

@@ -204,8 +204,7 @@ def draw(plan: dict[str, Any], path: Path) -> None:
         memory, network, time = figure.subplots(1, 3)
         mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1)
         figure.suptitle(
-            f"{plan['preset']} on {plan['slices'] if plan['slices'] > 1 else ''} {plan['topology']} "
-            f"({plan['chips']} chips), {mesh}",
+            f"{plan['preset']} on {plan['slices']} x {plan['topology']} ({plan['chips']} chips), {mesh}",
             x=0.01, ha="left", color=GREY, fontsize=10,
         )  # fmt: skip
         held = of("HBM a chip")

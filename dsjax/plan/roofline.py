@@ -65,12 +65,13 @@ def estimate(config: Config, sizes: dict[str, int]) -> Estimate:
     expert_share = rows * (2 * m.hidden_size + 3 * m.moe_intermediate_size / sizes["tensor"])
     attention = micro * m.num_attention_heads / sizes["tensor"] * (2 * m.qk_head_dim + 2 * m.v_head_dim)
     logits = 3 * (1 << 24) + 4 * m.hidden_size * m.vocab_size / sizes["tensor"] + 2 * width * m.hidden_size * micro
+    # Of the experts' three matrices and their gradients, four are whole at a time: so in the compiled 671B step.
     memory = {
         "parameters": (WEIGHT + (WEIGHT if config.optimizer.ema_decay is not None else 0)) * (weights + experts),
         "optimizer": MOMENTS * (weights + experts),
         "gradients": GRADIENT * (weights + experts) * (2 if config.accumulate > 1 else 1),
         "activations": width * micro * n_layers * _kept(m, c.remat, sizes),
-        "temporary": width * (3 * layer + 2 * (expert_share + attention)) + logits,
+        "temporary": width * (4 / 3 * layer + 2 * (expert_share + attention)) + logits,
     }
     forward, backward = _flops(config, tokens, sizes)
     recomputed = {"none": 0.0, "full": 1.0, "deepseek": 0.35}[c.remat]

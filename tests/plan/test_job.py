@@ -102,10 +102,29 @@ def test_the_command_prints_saves_and_writes_launch_files(tmp_path):
     assert (vars(again.mesh), again.batch_size) == (plan["mesh"], 16)
 
 
+def test_the_search_compiles_the_best_and_takes_the_fastest_that_fits(monkeypatch):
+    tried = []
+
+    def compile_step(config, topology):
+        tried.append(vars(config.mesh))
+        if len(tried) == 1:
+            raise compile.CompileError("does not fit v5e:2x4: a device needs 20.0 GiB", 20 * 2**30)
+        sent = [{"axes": ("fsdp",), "bytes": 10**12 if len(tried) == 2 else 1}]
+        return compile.Compiled(*(10,) * 12, sent, 1.0, 1.0, 1, "", "")
+
+    monkeypatch.setattr(job, "available", lambda: True)
+    monkeypatch.setattr(job, "compile_step", compile_step)
+    config = job.planned(configs.load("tiny"), {}, 16, 256)
+    lines, best, compiled = job.best(config, chips.parse("v5e:2x4"), 3)
+    assert vars(best.mesh) == tried[2] and compiled.collectives[0]["bytes"] == 1
+    assert lines[0][3:] == ("20.0", "does not fit v5e:2x4: a device needs 20.0 GiB")
+    assert float(lines[1][4]) > float(lines[2][4]) and lines[3][4] == ""
+
+
 def test_the_search_is_a_table():
     code, said = run("tiny", "--topology=v5e:2x4", "--batch=16", "--search")
     assert code == 0, said
-    assert "mesh" in said.splitlines()[-60:][0] or "compiled GiB" in said
+    assert said.splitlines()[0].split()[:3] == ["mesh", "GiB", "step"] and "tiny on v5e:2x4: 8 chips" in said
 
 
 def test_json_holds_the_same_numbers():
