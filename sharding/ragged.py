@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-BY_PLATFORM = {"cpu": "gather", "gpu": "ragged", "tpu": "ragged"}
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "gather", "gpu": "ragged", "tpu": "ragged"}
 
 
 class Side(NamedTuple):
@@ -49,7 +49,7 @@ def exchange(
 def choose(implementation: str) -> str:
     """The implementation that a name stands for. Raises ValueError for an unknown one."""
     if implementation == "auto":
-        return BY_PLATFORM[jax.default_backend()]
-    if implementation not in BY_PLATFORM.values():
+        return IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
+    if implementation not in IMPLEMENTATION_BY_PLATFORM.values():
         raise ValueError(f"implementation={implementation!r}: choose one of auto, gather, ragged")
     return implementation

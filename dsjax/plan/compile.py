@@ -143,10 +143,11 @@ def for_tpu(config: Config) -> Config:
     """The same with what `auto` means on a TPU, as the platform of the compiling process is a CPU."""
     from dsjax.model import attention
     from pallas_kernels import grouped_matmul
+    from sharding import ragged
 
     chosen = {
         name: module.IMPLEMENTATION_BY_PLATFORM["tpu"]
-        for name, module in (("grouped_matmul", grouped_matmul), ("attention", attention))
+        for name, module in (("grouped_matmul", grouped_matmul), ("attention", attention), ("exchange", ragged))
         if getattr(config.compute, name) == "auto"
     }
     return replace(config, compute=replace(config.compute, **chosen))
