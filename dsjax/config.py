@@ -258,7 +258,7 @@ class ComputeConfig:
     expert_buffer: float | None = Field(
         1.5,
         gt=0,
-        description="room for rows on an expert's device, over that of even loads; none = for all that can come",
+        description="room for rows on an expert's device, over that of even loads, and at least 64 MiB; none = for all",
     )
     on_overflow: Literal["redo", "drop"] = Field(
         "redo", description="rows without room: take the step again with twice the room, or leave them out"

@@ -29,6 +29,7 @@ class Buffers(NamedTuple):
     """How many rows the buffers hold, and how they are filled."""
 
     factor: float | None = None  # times the rows of even loads; None: as many as can come, nothing is ever left out
+    cheap: int = 0  # rows for which there is always room
     groups: int = 1  # of the devices along `expert`; a row crosses to each group once
     topk_groups: int | None = None  # the most groups that a token's experts lie in; None for any number
     exchange: str = "auto"  # implementation of `sharding.ragged.exchange`
@@ -37,7 +38,7 @@ class Buffers(NamedTuple):
         """Size of a buffer to which `even` rows come with even loads, and `most` at most."""
         if self.factor is None:
             return most
-        return min(most, -(-math.ceil(self.factor * even) // _MULTIPLE) * _MULTIPLE)
+        return min(most, max(self.cheap, -(-math.ceil(self.factor * even) // _MULTIPLE) * _MULTIPLE))
 
 
 class Fan(NamedTuple):

@@ -17,6 +17,8 @@ from pallas_kernels.row_matmul import row_matmul
 from sharding.dispatch import Buffers, combine, dispatch
 from sharding.rules import TOKEN_AXES, constrain, spec, whole
 
+CHEAP_BYTES = 64 << 20  # of a buffer of rows that is no matter, whatever compute.expert_buffer
+
 
 class RoutedExperts(nnx.Module):
     """The routed experts' weights, stacked, and the way of a token through them. Dropless."""
@@ -65,7 +67,8 @@ class RoutedExperts(nnx.Module):
         n_group, groups = self.cfg.n_group, compute.expert_groups
         # Where a group of devices holds whole groups of experts, a token's choices lie in topk_group of them.
         limit = self.cfg.topk_group if n_group % groups == 0 else None
-        return Buffers(compute.expert_buffer, groups, limit, compute.exchange)
+        cheap = CHEAP_BYTES // (self.cfg.hidden_size * jnp.dtype(compute.dtype).itemsize)
+        return Buffers(compute.expert_buffer, cheap, groups, limit, compute.exchange)
 
 
 def _one_token(

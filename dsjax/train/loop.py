@@ -171,11 +171,12 @@ class Run:
             step, arrays = next(data)
             state, metrics = step_fn(state, self._batch(arrays), self.schedule.at(step))
             pending, done = [*pending, metrics], step + 1
-            if step == first:
+            if started is not None:
                 jax.block_until_ready(metrics)
                 report.say(f"the first step took {time.perf_counter() - started:.0f} s, with its compilation")
-                report.start_bar(first, config.steps)
-                self.clock, self.clock_step = time.perf_counter(), done
+                if report.bar is None:
+                    report.start_bar(first, config.steps)
+                self.clock, self.clock_step, started = time.perf_counter(), done, None
             stop = self.agreed(self.signals.name)
             log, save, evaluate = (
                 self._due(done, every) for every in (config.log_every, config.checkpoint_every, config.eval_every)
@@ -189,6 +190,7 @@ class Run:
             if not all(map(self._take, ready)):
                 self.config = replace(self.config, compute=more_room(self.config.compute))
                 step_fn, data, pending, done = jit_train_step(self.config), self._data(self.taken), [], self.taken
+                started = time.perf_counter()
                 continue
             if log:
                 self._log(done)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from dsjax.config import Config, replace
+from dsjax.model import moe
 from dsjax.train.step import train_step
 from sharding.mesh import make_mesh
 from sharding.rules import as_rows, as_tokens, halves, join, spec
@@ -53,6 +54,11 @@ def step(config: Config, **sizes):
         return jax.tree.map(np.asarray, metrics), gradients, models.named_leaves(state.router_bias)
 
 
+@pytest.fixture(autouse=True)
+def no_room_is_cheap(monkeypatch):
+    monkeypatch.setattr(moe, "CHEAP_BYTES", 0)
+
+
 def assert_same_as_on_one_device(config: Config, sizes: dict[str, int]):
     metrics, gradients, bias = step(config, **sizes)
     plain = replace(config, compute=models.COMPUTE)
@@ -75,7 +81,8 @@ def test_loss_and_every_gradient_are_the_same_on(sizes):
     assert_same_as_on_one_device(config(), sizes)
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n != "two levels" else ()) for n in OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
 def test_loss_and_every_gradient_are_the_same_with(name):
     compute, sizes = OTHERS[name]
     assert_same_as_on_one_device(config(**compute), sizes)

@@ -14,6 +14,7 @@ import runs
 
 from dsjax import config as configuration
 from dsjax.config import ConfigError, OptimizerConfig, replace
+from dsjax.model import moe
 from dsjax.train import heldout, layout, loop
 from dsjax.train.metrics import read_rows
 
@@ -93,6 +94,21 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path, monkey
             loop.train(config, tmp_path, quiet=True)
     loop.train(config, tmp_path, quiet=True)
     runs.assert_same_run(folder, tmp_path, config)
+
+
+def test_a_step_whose_rows_find_no_room_is_taken_again_and_the_run_is_the_same(whole, tmp_path, monkeypatch, capsys):
+    folder, config = whole
+    monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:2])
+    monkeypatch.setattr(moe, "CHEAP_BYTES", 0)
+    compute, mesh = replace(config.compute, expert_buffer=0.7), replace(config.mesh, fsdp=1, expert=2)
+    loop.train(replace(config, compute=compute, mesh=mesh), tmp_path, quiet=True)
+    assert "rows had no room on their experts' devices (--compute.expert-buffer=0.7)" in capsys.readouterr().err
+    for row, wanted in zip(runs.rows(tmp_path), runs.rows(folder), strict=True):
+        assert (row["kind"], row["step"]) == (wanted["kind"], wanted["step"])
+        for name in {"loss", "heldout_nats", "grad_norm"} & set(wanted):
+            assert row[name] == pytest.approx(wanted[name], rel=1e-4)
+        if row["kind"] == "train":
+            assert (row["tokens"], row["overflow"]) == (wanted["tokens"], 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
