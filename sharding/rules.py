@@ -6,7 +6,8 @@ from jax import P
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),  # rows of activations
     "seq": "context",  # tokens of a row
-    "embed": "fsdp",  # hidden width of a weight
+    "embed": ("fsdp", "expert"),  # hidden width of a weight
+    "width": "fsdp",  # the same of a routed expert, whose experts are spread over `expert`
     "heads": "tensor",
     "latent": None,  # MLA's compressed widths
     "rank": "fsdp",  # the same, where a weight starts from them

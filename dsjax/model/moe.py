@@ -23,14 +23,14 @@ class RoutedExperts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         e, d, f, std = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size, cfg.initializer_range
-        self.w_gate = param(rngs, (e, d, f), ("experts", "embed", "ff"), std)
-        self.w_up = param(rngs, (e, d, f), ("experts", "embed", "ff"), std)
-        self.w_down = param(rngs, (e, f, d), ("experts", "ff", "embed"), std)
+        self.w_gate = param(rngs, (e, d, f), ("experts", "width", "ff"), std)
+        self.w_up = param(rngs, (e, d, f), ("experts", "width", "ff"), std)
+        self.w_down = param(rngs, (e, f, d), ("experts", "ff", "width"), std)
 
     def __call__(self, x: Float[Array, "B T D"], routing: Routing, implementation: str) -> Float[Array, "B T D"]:
         """Weighted sum of each token's experts."""
         tokens = spec("batch", "seq", None)
-        up, down = spec("experts", "embed", "ff"), spec("experts", "ff", "embed")
+        up, down = spec("experts", "width", "ff"), spec("experts", "ff", "width")
         return jax.shard_map(
             functools.partial(_experts_of_device, implementation=implementation),
             in_specs=(tokens, tokens, tokens, up, up, down),

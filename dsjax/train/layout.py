@@ -34,13 +34,14 @@ def device_mesh(config: Config):
 def check_mesh(config: Config, shape: Mapping[str, int]) -> None:
     """Raises ConfigError with the arithmetic where a mesh of this shape does not divide what it is to cut."""
     m = config.model
+    kv_rank = m.kv_lora_rank if m.attention == "mla" else 0
     rows = shape["data"] * shape["fsdp"] * shape["expert"]
     for field, value, axes, size in (
         ("batch_size / accumulate", config.batch_size // config.accumulate, "data * fsdp * expert", rows),
         ("seq_len", config.seq_len, "context", shape["context"]),
         ("model.n_routed_experts", m.n_routed_experts, "expert", shape["expert"]),
-        ("model.hidden_size", m.hidden_size, "fsdp", shape["fsdp"]),
-        ("model.kv_lora_rank", m.kv_lora_rank if m.attention == "mla" else 0, "fsdp", shape["fsdp"]),
+        ("model.hidden_size", m.hidden_size, "fsdp * expert", shape["fsdp"] * shape["expert"]),
+        ("model.kv_lora_rank", kv_rank, "fsdp", shape["fsdp"]),
         ("model.q_lora_rank", m.q_lora_rank or 0, "fsdp", shape["fsdp"]),
         ("model.num_attention_heads", m.num_attention_heads, "tensor", shape["tensor"]),
         ("model.intermediate_size", m.intermediate_size, "tensor", shape["tensor"]),
