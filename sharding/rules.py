@@ -7,7 +7,8 @@ from jax import P, lax
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),  # rows of activations
     "seq": "context",  # tokens of a row
-    "embed": "fsdp",  # hidden width of a weight
+    "embed": ("fsdp", "expert"),  # hidden width of a weight
+    "width": "fsdp",  # the same of a routed expert, whose experts are spread over `expert`
     "heads": "tensor",
     "latent": None,  # MLA's compressed widths
     "rank": "fsdp",  # the same, where a weight starts from them
@@ -54,7 +55,7 @@ def as_tokens(rows: jax.Array, like: jax.Array, *features: int) -> jax.Array:
     return jax.shard_map(local, in_specs=over, out_specs=P(batch, seq, over[1]))(rows)
 
 
-def whole(x: jax.Array, axis_name: str, axis: int = 0) -> jax.Array:
+def whole(x: jax.Array, axis_name: str | tuple[str, ...], axis: int = 0) -> jax.Array:
     """Inside `shard_map`: the devices' parts of a dimension put together. Its gradient is summed and scattered."""
     return lax.all_gather(x, axis_name, axis=axis, tiled=True) if lax.axis_size(axis_name) > 1 else x
 

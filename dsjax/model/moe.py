@@ -25,9 +25,9 @@ class RoutedExperts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         e, d, f, std = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size, cfg.initializer_range
-        self.w_gate = param(rngs, (e, d, f), ("experts", "embed", "ff"), std)
-        self.w_up = param(rngs, (e, d, f), ("experts", "embed", "ff"), std)
-        self.w_down = param(rngs, (e, f, d), ("experts", "ff", "embed"), std)
+        self.w_gate = param(rngs, (e, d, f), ("experts", "width", "ff"), std)
+        self.w_up = param(rngs, (e, d, f), ("experts", "width", "ff"), std)
+        self.w_down = param(rngs, (e, f, d), ("experts", "ff", "width"), std)
         self.cfg = cfg
 
     def __call__(
@@ -35,7 +35,7 @@ class RoutedExperts(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
         """Weighted sum of each token's experts, and how many rows and pairs had no room and are left out."""
         tokens = spec("batch", "seq", None)
-        up, down = spec("experts", "embed", "ff"), spec("experts", "ff", "embed")
+        up, down = spec("experts", "width", "ff"), spec("experts", "ff", "width")
         return jax.shard_map(
             functools.partial(
                 _experts_of_device, buffers=self._buffers(compute), implementation=compute.grouped_matmul

@@ -114,13 +114,13 @@ def _inside(sizes: dict[str, int], slices: int) -> dict[str, int]:
 
 
 def _device_weights(m: ModelConfig, sizes: dict[str, int]) -> tuple[float, float]:
-    """Parameters of one device: those that every expert group repeats, and routed experts. MTP's are in."""
+    """Parameters of one device: all but the routed experts', and theirs. MTP's are in."""
     n_moe = m.num_moe_layers + m.num_nextn_predict_layers
     routed = n_moe * m.n_routed_experts * 3 * m.hidden_size * m.moe_intermediate_size
     whole = count.parameters(m)
     rest = whole.total + whole.mtp - routed
-    shards = sizes["fsdp"] * sizes["tensor"]
-    return rest / shards, routed / (shards * sizes["expert"])
+    shards = sizes["fsdp"] * sizes["tensor"] * sizes["expert"]
+    return rest / shards, routed / shards
 
 
 def _layer_weights(m: ModelConfig, sizes: dict[str, int]) -> float:
@@ -162,14 +162,20 @@ def _sent(config, sizes, weights, experts, tokens, width, passes) -> dict[str, f
     m, sent = config.model, {}
     n_layers = m.num_hidden_layers + m.num_nextn_predict_layers
     n_moe = m.num_moe_layers + m.num_nextn_predict_layers
-    if (n := sizes["fsdp"]) > 1:  # each pass gathers a layer's shards; gradients go back once
-        sent["fsdp"] = config.accumulate * (n - 1) * (passes * width + GRADIENT) * (weights + experts)
+    # Each pass gathers a layer's shards, the routed experts' over fsdp alone; gradients go back once.
+    a_parameter = config.accumulate * (passes * width + GRADIENT)
+    for axes, n, held in (
+        ("fsdp", sizes["fsdp"], experts),
+        ("fsdp+expert" if sizes["expert"] > 1 else "fsdp", sizes["fsdp"] * sizes["expert"], weights),
+    ):
+        if n > 1:
+            sent[axes] = sent.get(axes, 0.0) + (n - 1) * a_parameter * held
     if (n := sizes["data"]) > 1:
         sent["data"] = 2 * (n - 1) / n * GRADIENT * (weights + experts)
     if (n := sizes["expert"]) > 1:
         rows = tokens * min(m.num_experts_per_tok, n)
         exchanged = rows * m.hidden_size * width * (n - 1) / n
-        sent["expert"] = 2 * (passes - 1 + 1) * exchanged * n_moe + 2 * (n - 1) / n * GRADIENT * weights
+        sent["expert"] = 2 * (passes - 1 + 1) * exchanged * n_moe
     if (n := sizes["tensor"]) > 1:
         sent["tensor"] = 2 * passes * 2 * (n - 1) / n * tokens * m.hidden_size * width * n_layers
     if (n := sizes["context"]) > 1:

@@ -12,7 +12,7 @@ from dsjax.config import Config, ConfigError
 from dsjax.state import Batch
 from dsjax.train.processes import check_joined
 from sharding.mesh import MeshError, divisors, make_mesh
-from sharding.rules import spec
+from sharding.rules import RULES, spec
 
 
 def devices() -> list:
@@ -40,12 +40,12 @@ def device_mesh(config: Config):
 def check_mesh(config: Config, shape: Mapping[str, int]) -> None:
     """Raises ConfigError with the arithmetic where a mesh of this shape does not divide what it is to cut."""
     m, n_devices = config.model, math.prod(shape.values())
-    rows = {axis: shape[axis] for axis in ("data", "fsdp", "expert")}
+    rows, cut = ({axis: shape[axis] for axis in axes} for axes in (RULES["batch"], RULES["embed"]))
     for field, value, sizes in (
         ("batch_size / accumulate", config.batch_size // config.accumulate, rows),
         ("seq_len", config.seq_len, {"context": shape["context"]}),
         ("model.n_routed_experts", m.n_routed_experts, {"expert": shape["expert"]}),
-        ("model.hidden_size", m.hidden_size, {"fsdp": shape["fsdp"]}),
+        ("model.hidden_size", m.hidden_size, cut),
         ("model.kv_lora_rank", m.kv_lora_rank if m.attention == "mla" else 0, {"fsdp": shape["fsdp"]}),
         ("model.q_lora_rank", m.q_lora_rank or 0, {"fsdp": shape["fsdp"]}),
         ("model.num_attention_heads", m.num_attention_heads, {"tensor": shape["tensor"]}),

@@ -11,7 +11,7 @@ from dsjax.config import Config
 from dsjax.model.mtp import look_ahead
 from dsjax.model.transformer import DeepSeek
 from dsjax.state import Batch, RouterBias
-from sharding.rules import TOKEN_AXES, constrain, spec, whole
+from sharding.rules import RULES, TOKEN_AXES, constrain, spec, whole
 
 _CHUNK_ELEMENTS = 1 << 22  # logits held at a time on one device: 16 MiB of float32
 _CHUNK_TOKENS = 1024  # but no fewer tokens: every chunk reads the head and adds to its gradient
@@ -83,14 +83,14 @@ def cross_entropy(
 
 @jax.custom_vjp
 def _chunked(h, w, targets, valid):
-    w = whole(w, "fsdp")
+    w = whole(w, RULES["embed"])
     return lax.scan(
         lambda nats, chunk: (nats + _nats(w, *chunk)[0], None), jnp.float32(0), _chunks(w, h, targets, valid)
     )[0]
 
 
 def _chunked_fwd(h, w_shard, targets, valid):
-    w = whole(w_shard, "fsdp")
+    w = whole(w_shard, RULES["embed"])
 
     def step(carry, chunk):
         nats, dw = carry
@@ -103,7 +103,7 @@ def _chunked_fwd(h, w_shard, targets, valid):
 
     init = jnp.float32(0), jnp.zeros(w.shape, jnp.float32)
     (nats, dw), dh = lax.scan(step, init, _chunks(w, h, targets, valid))
-    dw = lax.psum_scatter(dw, "fsdp", tiled=True)  # here, so that no whole gradient waits for the backward pass
+    dw = lax.psum_scatter(dw, RULES["embed"], tiled=True)  # here, so that no whole gradient waits for the backward pass
     return nats, (dh.reshape(-1, h.shape[1])[: h.shape[0]], dw.astype(w.dtype))
 
 

@@ -152,7 +152,7 @@ def test_an_axis_that_does_not_exist_is_refused():
 
 def test_names_become_axes_and_an_unknown_name_raises():
     assert spec("batch", "seq", None) == P(("data", "fsdp", "expert"), "context", None)
-    assert spec("experts", "embed", "ff") == P("expert", "fsdp", "tensor")
+    assert spec("experts", "width", "ff") == P("expert", "fsdp", "tensor")
     with pytest.raises(KeyError, match="widht"):
         spec("batch", "widht")
 
