@@ -216,7 +216,8 @@ def draw(plan: dict[str, Any], path: Path) -> None:
             bottom += value
         memory.axhline(held["the chip's"] / GIB, color=ORANGE, ls="--", lw=1.2, label="the chip's HBM")
         memory.set(title="HBM a chip", ylabel="GiB", xlim=(-0.5, 1.8), xticks=[])
-        memory.legend(loc="upper right")
+        memory.legend(loc="center right")
+        memory.set_axisbelow(True)
         _bars(network, "Sent a chip a step", "GiB", {k: v / GIB for k, v in of("sent a chip a step").items()}, BLUE)
         _bars(time, "Time of a step", "s", of("time"), GREEN)
         figure.savefig(path, dpi=110)
@@ -225,6 +226,7 @@ def draw(plan: dict[str, Any], path: Path) -> None:
 def _bars(panel, title: str, unit: str, values: dict[str, float], color: str) -> None:
     names = list(values)[:8][::-1]
     panel.barh(names, [values[name] for name in names], color=color, height=0.6)
-    panel.set(title=title, xlabel=unit)
+    panel.set(title=title, xlabel=unit, ylim=(-0.7, max(len(names), 3) - 0.3))
+    panel.set_axisbelow(True)
     if not names:
         panel.text(0.5, 0.5, "nothing", ha="center", transform=panel.transAxes)
