@@ -216,7 +216,8 @@ def draw(plan: dict[str, Any], path: Path) -> None:
             bottom += value
         memory.axhline(held["the chip's"] / GIB, color=ORANGE, ls="--", lw=1.2, label="the chip's HBM")
         memory.set(title="HBM a chip", ylabel="GiB", xlim=(-0.5, 1.8), xticks=[])
-        memory.legend(loc="upper right")
+        memory.set_ylim(0, 1.2 * max(bottom, held["the chip's"] / GIB))
+        memory.legend(loc="center right")
         _bars(network, "Sent a chip a step", "GiB", {k: v / GIB for k, v in of("sent a chip a step").items()}, BLUE)
         _bars(time, "Time of a step", "s", of("time"), GREEN)
         figure.savefig(path, dpi=110)
