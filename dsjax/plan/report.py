@@ -62,10 +62,10 @@ def rows(
     if by_compiler:
         found += [
             Row("work", "matrix products in the program", compiled.flops * per_chip, "FLOP", "compiled",
-                "loops unrolled; experts at all rows of their buffers"),
+                "loops unrolled; experts at all rows of their buffers, attention kernels left out"),
             Row("work", "the compiler's optimal time", compiled.optimal_s, "s", "compiled", "loop bodies once"),
             Row("work", "the compiler's cycles", compiled.cycles / chip.clock_hz, "s", "compiled",
-                "loops unrolled; without kernels and waits for the network"),
+                "at an assumed clock; loops unrolled; without kernels and waits for the network"),
         ]  # fmt: skip
     found += [
         Row("time", "at peak FLOPs", times.compute, "s", "computed", f"{chip.bf16_flops / 1e12:.0f} TFLOP/s published"),
