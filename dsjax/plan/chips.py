@@ -29,7 +29,7 @@ class Chip:
     wrap_at: int  # extent from which an axis closes to a ring
     largest: int  # chips of a slice
     source: str
-    clock_hz: float  # of the compiler's cycles: peak / (matrix units' operations a cycle)
+    clock_hz: float  # of the compiler's cycles; assumed
     cores: int  # TensorCores, in which Cloud counts v5p: v5p-1024 has 512 chips
     cloud: str  # accelerator type for queued resources, before the count; "" where there is none
     runtime: str  # software version of its VMs
@@ -42,7 +42,8 @@ class Chip:
         return self.ici_bandwidth / (4 * self.dimensions)
 
 
-# An MXU is 128 x 128 up to v5p (4 a core) and 256 x 256 from v6e (2 a core); one multiply-add is two operations.
+# Of matrix units of side 128, from v6e 256, as many as bring the compiler's cycles for a large product to 0.9 of the
+# published peak; one multiply-add is two operations.
 def _clock(flops: float, mxus: int, side: int) -> float:
     return flops / (mxus * side * side * 2)
 
@@ -60,11 +61,11 @@ CHIPS = {
         ),
         Chip(
             "v6e", 918e12, 918e12, 32 * GIB, 1638e9, 800e9, 100e9 / 8, 1, 2, 16, 256, f"{_DOCS}/v6e",
-            _clock(918e12, 2, 256), 1, "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-4t",
+            _clock(918e12, 4, 256), 1, "v6e", "v2-alpha-tpuv6e", "tpu-v6e-slice", "ct6e-standard-4t",
         ),
         Chip(
             "tpu7x", 2307e12, 4614e12, 192 * GIB, 7380e9, 1200e9, 100e9 / 8, 2, 3, 4, 9216, f"{_DOCS}/tpu7x",
-            _clock(2307e12, 4, 256), 2, "", "", "tpu7x", "tpu7x-standard-4t",
+            _clock(2307e12, 8, 256), 2, "", "", "tpu7x", "tpu7x-standard-4t",
         ),
     )
 }  # fmt: skip

@@ -15,6 +15,7 @@ _COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
+_APPLIED = ("all-reduce", "all-reduce-start", "reduce-scatter", "reduce", "scatter", "sort", "reduce-window", "map")
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .* )?\{$")
@@ -59,7 +60,7 @@ class Program:
                 if opened:
                     here = self.computations.setdefault(opened[2], {})
                     self.entry = opened[2] if opened[1] else self.entry
-            elif line == "}":
+            elif line == "}" or line.startswith("}, execution_thread="):  # the latter: of a SparseCore
                 here = None
             elif instruction := _parse(line):
                 here[instruction.name] = instruction
@@ -210,7 +211,11 @@ def _lines(text: str) -> Iterator[str]:
     """Lines as meant: some kernels' attributes are JSON with line breaks, which stand at the left edge."""
     whole = ""
     for line in text.splitlines():
-        if whole.startswith(" ") and line[:1] not in ("", " ", "%") and line != "}":
+        if (
+            whole.startswith(" ")
+            and line[:1] not in ("", " ", "%")
+            and not re.match(r"\}(?:$|, execution_thread=)", line)
+        ):
             whole += line
             continue
         if whole:
@@ -255,8 +260,8 @@ def _called(instruction: Instruction, role: str) -> str:
 
 
 def _callees(instruction: Instruction) -> list[str]:
-    if instruction.opcode in ("all-reduce", "reduce-scatter", "reduce", "scatter", "sort", "reduce-window", "map"):
-        return []  # what is applied to elements is counted with the whole
+    if instruction.opcode in _APPLIED or instruction.opcode.endswith(("-update", "-done")):
+        return []  # what is applied to elements is counted with the whole; an asynchronous call, where it starts
     names = [name for _, name in _CALLED.findall(instruction.rest)]
     for several in _CALLED_LISTS.findall(instruction.rest):
         names += [name.strip().lstrip("%") for name in several.split(",")]

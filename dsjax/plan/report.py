@@ -62,10 +62,10 @@ def rows(
     if by_compiler:
         found += [
             Row("work", "matrix products in the program", compiled.flops * per_chip, "FLOP", "compiled",
-                "loops unrolled; experts at all rows of their buffers"),
+                "loops unrolled; experts at all rows of their buffers, attention kernels left out"),
             Row("work", "the compiler's optimal time", compiled.optimal_s, "s", "compiled", "loop bodies once"),
             Row("work", "the compiler's cycles", compiled.cycles / chip.clock_hz, "s", "compiled",
-                "loops unrolled; without kernels and waits for the network"),
+                "at an assumed clock; loops unrolled; without kernels and waits for the network"),
         ]  # fmt: skip
     found += [
         Row("time", "at peak FLOPs", times.compute, "s", "computed", f"{chip.bf16_flops / 1e12:.0f} TFLOP/s published"),
@@ -216,6 +216,7 @@ def draw(plan: dict[str, Any], path: Path) -> None:
             bottom += value
         memory.axhline(held["the chip's"] / GIB, color=ORANGE, ls="--", lw=1.2, label="the chip's HBM")
         memory.set(title="HBM a chip", ylabel="GiB", xlim=(-0.5, 1.8), xticks=[])
+        memory.set_ylim(0, 1.2 * max(bottom, held["the chip's"] / GIB))
         memory.legend(loc="center right")
         memory.set_axisbelow(True)
         _bars(network, "Sent a chip a step", "GiB", {k: v / GIB for k, v in of("sent a chip a step").items()}, BLUE)

@@ -48,8 +48,8 @@ def test_a_link_is_what_is_published_divided_by_its_links_and_directions():
     assert chips.CHIPS["v5e"].ici_link == pytest.approx(50e9)
 
 
-def test_the_clocks_are_those_that_the_matrix_units_need_for_the_published_peaks():
-    assert [round(chip.clock_hz / 1e9, 2) for chip in chips.CHIPS.values()] == [1.5, 1.75, 3.5, 4.4]
+def test_the_clocks_are_near_those_of_the_chips():
+    assert [round(chip.clock_hz / 1e9, 2) for chip in chips.CHIPS.values()] == [1.5, 1.75, 1.75, 2.2]
 
 
 def test_an_axis_that_fills_the_torus_uses_all_its_links():

@@ -45,6 +45,11 @@ HloModule jit_step, is_scheduled=true
   ROOT %part = f32[4,128]{1,0:T(8,128)} slice(%sum.1), slice={[0:4], [0:128]}
 }
 
+%called_computation.5 (e: bf16[2,128]) -> bf16[2,128] {
+  %e = bf16[2,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %offloaded = bf16[2,128]{1,0:T(8,128)(2,1)} all-to-all(%e), channel_id=9, replica_groups=mesh['data'=2,'fsdp'=2,'expert'=2] {'expert'}, dimensions={0}
+}, execution_thread="sparsecore"
+
 %body (p: (s32[], bf16[64,128])) -> (s32[], bf16[64,128]) {
   %p.1 = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) parameter(0)
   %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
@@ -56,6 +61,10 @@ HloModule jit_step, is_scheduled=true
 "xprof_metadata":"{\\"block_q\\": 512}"
 }}, metadata={op_name="step/kernel"}, backend_config={"window_config":{"estimated_cycles":"1000"}}
   %unknown = bf16[64,128]{1,0:T(8,128)(2,1)} copy(%kernel), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
+  %e.1 = bf16[2,128]{1,0:T(8,128)(2,1)} slice(%x), slice={[0:2], [0:128]}
+  %call-start = ((), (), (s32[1]{0})) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="TODO", called_computations={%called_computation.5}
+  %call-update = ((bf16[2,128]{1,0}), (bf16[2,128]{1,0}), (s32[1]{0})) custom-call-update(%call-start, %e.1)
+  %call-done = bf16[2,128]{1,0:T(8,128)(2,1)} custom-call-done(%call-update)
   ROOT %next = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) tuple(%i.1, %unknown)
 }
 
@@ -82,9 +91,11 @@ def test_a_tpu_programs_loops_pieces_and_kernels_are_read():
     assert (scatter.axes, scatter.times, scatter.bytes) == (("expert",), 1, 8 * 128 * 4 // 2)
     permute = found.pop("collective-permute")
     assert (permute.axes, permute.bytes) == (("data",), 4 * 128 * 4)
+    offloaded = found.pop("all-to-all")  # to a SparseCore
+    assert (offloaded.axes, offloaded.times, offloaded.bytes) == (("expert",), 6, 6 * 2 * 128 * 2 // 2)
     assert not found
     assert hlo.estimated_cycles(program) == 6000
-    assert hlo.by_axis(hlo.collectives(program, AXES, SIZES)) == {"fsdp": 49152, "data": 2048, "expert": 2048}
+    assert hlo.by_axis(hlo.collectives(program, AXES, SIZES)) == {"fsdp": 49152, "expert": 3584, "data": 2048}
 
 
 @pytest.mark.parametrize(
