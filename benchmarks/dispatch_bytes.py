@@ -3,9 +3,12 @@
     python -m benchmarks.dispatch_bytes > benchmarks/results/dispatch_bytes.json
 
 DeepSeek-V3's router (256 experts, 8 of them a token, in 4 of 8 groups) with random scores, on fake CPU devices that run
-the dispatch of training; what is counted is the rows that it sends, by whether sender and receiver are of one group of
-devices. Three ways: a row for each pair (token, expert), as dispatches without deduplication send; a row for each
-device; and a row for each group, fanned out inside.
+the dispatch of training; what is counted is the rows that it sends, by whether sender and receiver are of one group.
+Three ways: a row for each pair (token, expert), as dispatches without deduplication send; a row for each device; and a
+row for each group, fanned out inside.
+
+With --topology=v5p:4x4x4 (and libtpu) the same dispatch is compiled for those TPUs too, at 4,096 tokens a device, and
+the rows of its ragged all-to-alls' buffers are read from the program: what they can hold, of which rows are a part.
 """
 
 import argparse
@@ -19,6 +22,7 @@ from jax import P, lax
 
 import configs
 from dsjax.model.router import choose_experts
+from dsjax.plan import hlo
 from sharding.dispatch import Buffers, dispatch
 from sharding.mesh import make_mesh
 
@@ -66,11 +70,43 @@ def choices(model, n: int) -> np.ndarray:
     return np.asarray(jax.jit(functools.partial(choose_experts, cfg=model))(scores, bias))[0]
 
 
+def rows_compiled(model, topology: str, groups: int, levels: int, tokens: int = 4096) -> dict[str, float]:
+    """Rows a token of the buffers that the compiled dispatch sends from, for exchanges that cross groups of devices or
+    stay inside them; a flat dispatch has one exchange for both."""
+    from jax.experimental import topologies
+
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    n, k, d = len(devices), model.num_experts_per_tok, model.hidden_size
+    limit = model.topk_group if levels == 2 else None
+    buffers = Buffers(1.5, groups=groups if levels == 2 else 1, topk_groups=limit, exchange="ragged")
+
+    def local(x, indices, weights):
+        rows, row_weights, _ = dispatch(x, indices, weights, model.n_routed_experts // n, buffers)
+        return rows, row_weights
+
+    mesh = make_mesh(devices, expert=n)
+    with jax.set_mesh(mesh):
+        part = jax.NamedSharding(mesh, P("expert"))
+        shapes = ((d, jnp.bfloat16), (k, jnp.int32), (k, jnp.float32))
+        arguments = [jax.ShapeDtypeStruct((n * tokens, width), dtype, sharding=part) for width, dtype in shapes]
+        run = jax.shard_map(local, in_specs=(P("expert"),) * 3, out_specs=P("expert"), check_vma=False)
+        program = hlo.Program(jax.jit(run).lower(*arguments).compile().as_text())
+    found = {"across": 0.0, "inside": 0.0, "both": 0.0}
+    for computation, instruction, _ in program.instructions():
+        if instruction.opcode.removesuffix("-start") == "ragged-all-to-all":
+            members = hlo.groups(instruction.rest, n)[0]
+            where = "both" if len(members) == n else "inside" if members[1] - members[0] == 1 else "across"
+            sent = hlo.type_bytes(program.operand_types(computation, instruction)[0])
+            found[where] += sent / (2 * d * tokens)
+    return {f"buffer_rows_{name}_per_token": round(rows, 2) for name, rows in found.items() if rows}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256, help="tokens a device")
     parser.add_argument("--devices", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--topology", help="compile for these TPUs too")
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", max(options.devices))
     jax.config.update("jax_cpu_enable_async_dispatch", False)
@@ -94,7 +130,17 @@ def main():
                     "KB_inside_groups_per_token": round(inside * row / 1e3, 1),
                 }
             )
-    print(json.dumps({"tokens_per_device": options.tokens, "jax": jax.__version__, "table": table}, indent=1))
+    compiled = []
+    if options.topology:
+        for name, levels in (("flat", 1), ("two levels", 2)):
+            rows = rows_compiled(model, options.topology, options.groups, levels)
+            compiled.append({"topology": options.topology, "groups": options.groups, "dispatch": name} | rows)
+    print(
+        json.dumps(
+            {"tokens_per_device": options.tokens, "jax": jax.__version__, "table": table, "compiled": compiled},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

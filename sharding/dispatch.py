@@ -137,7 +137,8 @@ def _way(
     wanted = jnp.any(to[:, :, None] == jnp.arange(n_peers), axis=1)  # [R, P]
     place = jnp.cumsum(wanted.T.reshape(-1), dtype=jnp.int32).reshape(n_peers, n_rows).T - 1  # sorted by peer
     place = jnp.where(wanted & (place < leaving), place, leaving)
-    places = jnp.sort(place, axis=1)[:, :copies]
+    nth = jnp.where(wanted, jnp.cumsum(wanted, axis=1), 0)[:, :, None] == 1 + jnp.arange(copies)  # [R, P, copies]
+    places = jnp.min(jnp.where(nth, place[:, :, None], leaving), axis=1)  # no sort: TPU programs of sorts compile long
     row = jnp.full((leaving,), n_rows, jnp.int32)
     row = row.at[places].set(jnp.arange(n_rows, dtype=jnp.int32)[:, None], mode="drop")
 
