@@ -62,9 +62,10 @@ def _rank_by_best(scores, bias, cfg, right=router.choose_experts):
     return right(scores + bias, bias, v2)
 
 
-def _no_shared(self, x, bias, implementation="auto"):
+def _no_shared(self, x, bias, compute):
     routing = self.router(x, bias)
-    return self.experts(x, routing, implementation), routing
+    y, overflow = self.experts(x, routing, compute)
+    return y, routing, overflow
 
 
 def _raw_latent(self, x, rope_tables):
