@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import P
 
@@ -195,7 +196,9 @@ def _fill(like: TrainState, arrays: dict[str, jax.Array]) -> TrainState:
     def leaf(name, a):
         if name in arrays:
             return arrays[name]
-        return jax.numpy.zeros(a.shape, a.dtype) if not a.size else a
+        if a.size:
+            return a
+        return jax.make_array_from_callback(a.shape, a.sharding, lambda index: np.zeros(a.shape, a.dtype)[index])
 
     leaves = [leaf(name, a) for name, a in zip(names(like), jax.tree.leaves(like))]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
