@@ -439,6 +439,7 @@ def plan(
     slice_ = chips.parse(topology)
     config, _ = _find_config(preset)
     from dsjax.plan import job, report
+    from sharding.mesh import show_axes
 
     config = job.planned(config, changes, batch, seq)
     compiling, compiled = not no_compile, None
@@ -452,7 +453,7 @@ def plan(
     if as_json:
         click.echo(json.dumps(whole, indent=2))
     else:
-        mesh = " ".join(f"{axis}={size}" for axis, size in whole["mesh"].items() if size > 1) or "one device"
+        mesh = show_axes(whole["mesh"]) or "one device"
         click.echo(
             f"{config.name} on {slice_.name}{f' x {slices}' if slices > 1 else ''}: {whole['chips']} chips, {mesh}"
         )

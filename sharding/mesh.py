@@ -5,6 +5,7 @@ slices, joined by a slower network, `data` crosses it, then `fsdp`; no other axi
 """
 
 import math
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -97,6 +98,11 @@ def _on_torus(create, *args) -> np.ndarray:
         return create(*args, allow_split_physical_axes=True)
 
 
+def show_axes(sizes: Mapping[str, int]) -> str:
+    """data=2 expert=4: the axes that are used."""
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+
+
 def divisors(n: int) -> list[int]:
     """All of them, rising."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
@@ -110,16 +116,16 @@ def nearest_sizes(sizes: dict[str, int], products: list[int]) -> dict[str, int]:
         ratios = [abs(math.log(new / old)) for new, old in zip(candidate, sizes.values())]
         return round(sum(ratios), 9), sum(ratio > 0 for ratio in ratios)
 
-    return dict(zip(sizes, min((c for n in products for c in _factorings(n, len(sizes))), key=distance)))
+    return dict(zip(sizes, min((c for n in products for c in factorings(n, len(sizes))), key=distance)))
 
 
-def _factorings(n: int, k: int):
+def factorings(n: int, k: int) -> Iterator[tuple[int, ...]]:
     """All ways to write n as a product of k numbers in order."""
     if k == 1:
         yield (n,)
         return
     for first in divisors(n):
-        yield from ((first, *rest) for rest in _factorings(n // first, k - 1))
+        yield from ((first, *rest) for rest in factorings(n // first, k - 1))
 
 
 def _show(sizes: dict[str, int]) -> str:

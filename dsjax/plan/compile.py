@@ -248,24 +248,17 @@ def saved_bytes(config: Config, state, batch, knobs) -> int:
         lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=_without_first(a.sharding)), batch
     )
 
-    def residuals(model, batch, whole, mtp_weight):
+    def residuals(model, batch, whole, router_bias, mtp_weight):
         counts = count(whole, config.model.num_nextn_predict_layers)
 
         def loss(model):
             cast = cast_weights(model, config.compute.dtype)
-            return total_loss(cast, batch, state_bias, counts, mtp_weight, config)[0]
+            return total_loss(cast, batch, router_bias, counts, mtp_weight, config)[0]
 
         return jax.vjp(loss, model)[1]
 
-    state_bias = state.router_bias
     weights = {(a.shape, _layout(a)) for a in jax.tree.leaves(state.model)}
-
-    def traced(model, batch, whole, bias, mtp_weight):
-        nonlocal state_bias
-        state_bias = bias
-        return residuals(model, batch, whole, mtp_weight)
-
-    kept = jax.eval_shape(traced, state.model, micro, batch, state.router_bias, knobs["mtp_weight"])
+    kept = jax.eval_shape(residuals, state.model, micro, batch, state.router_bias, knobs["mtp_weight"])
     leaves = [a for a in jax.tree.leaves(kept) if (a.shape, _layout(a)) not in weights]
     return sum(map(_shard_bytes, leaves))
 

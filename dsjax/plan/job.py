@@ -12,7 +12,7 @@ from dsjax.plan.compile import Compiled, CompileError, available, compile_step
 from dsjax.plan.roofline import estimate, times
 from dsjax.plan.search import search
 from dsjax.train.layout import check_mesh
-from sharding.mesh import MeshError, fill_sizes
+from sharding.mesh import MeshError, fill_sizes, show_axes
 
 INSTALL = "libtpu is not installed: numbers are by arithmetic alone; `pip install 'dsjax[plan]'` compiles for TPUs"
 
@@ -90,7 +90,7 @@ def best(
     n, lines, results = topology.chip.devices, [], []
     for i, candidate in enumerate(candidates[: max(n_compiled, 10)]):
         mine = replace(config, mesh=candidate.mesh)
-        mesh = " ".join(f"{axis}={size}" for axis, size in candidate.sizes.items() if size > 1)
+        mesh = show_axes(candidate.sizes)
         line = (mesh, f"{candidate.hbm * n / GIB:.1f}", f"{candidate.step_s:.3f}")
         if compiling and i < n_compiled:
             say(f"compiling {mesh} for {topology.name}")

@@ -13,6 +13,7 @@ from dsjax.config import Config, to_dict
 from dsjax.plan import count, roofline
 from dsjax.plan.chips import GIB, Topology
 from dsjax.plan.compile import Compiled
+from sharding.mesh import show_axes
 
 # Tokens a second a chip that MaxText's authors publish for the 671B model, by chip, chips and format.
 PUBLISHED = {("v5p", 512, "bf16"): 542, ("tpu7x", 256, "bf16"): 2446, ("tpu7x", 256, "fp8"): 2968}
@@ -202,7 +203,7 @@ def draw(plan: dict[str, Any], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 4.6), layout="constrained")
         memory, network, time = figure.subplots(1, 3)
-        mesh = " ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1)
+        mesh = show_axes(plan["mesh"])
         figure.suptitle(
             f"{plan['preset']} on {plan['slices']} x {plan['topology']} ({plan['chips']} chips), {mesh}",
             x=0.01, ha="left", color=GREY, fontsize=10,

@@ -1,13 +1,13 @@
 """Meshes that a job may have on a slice, ranked by the analytic model."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
-from dsjax.config import Config, ConfigError, MeshConfig, replace
+from dsjax.config import Config, ConfigError, MeshConfig
 from dsjax.plan.chips import Topology
 from dsjax.plan.roofline import estimate, times
 from dsjax.train.layout import check_mesh
+from sharding.mesh import factorings
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 
@@ -27,7 +27,7 @@ class Candidate:
 
 def legal_meshes(config: Config, n_devices: int) -> Iterator[MeshConfig]:
     """Every mesh of n_devices that divides what it is to cut."""
-    for split in _factorisations(n_devices, len(AXES)):
+    for split in factorings(n_devices, len(AXES)):
         sizes = dict(zip(AXES, split)) | {"stage": 1}
         try:
             check_mesh(config, sizes)
@@ -52,24 +52,3 @@ def search(config: Config, topology: Topology, slices: int = 1) -> list[Candidat
             f"{config.batch_size // config.accumulate} rows; expected a multiple of a divisor of the devices"
         )
     return sorted(found, key=lambda c: (False, c.step_s) if c.hbm <= limit else (True, c.hbm))
-
-
-def on(config: Config, candidate: Candidate) -> Config:
-    """The configuration on a candidate's mesh."""
-    return replace(config, mesh=candidate.mesh)
-
-
-def _factorisations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
-    if parts == 1:
-        yield (n,)
-        return
-    for first in range(1, n + 1):
-        if n % first == 0:
-            for rest in _factorisations(n // first, parts - 1):
-                yield first, *rest
-
-
-def rows_for(config: Config, n_devices: int) -> int:
-    """The smallest multiple of n_devices that is at least the configuration's rows of a micro-batch."""
-    rows = config.batch_size // config.accumulate
-    return math.ceil(rows / n_devices) * n_devices

@@ -14,6 +14,7 @@ from dsjax.config import Config
 from dsjax.plan import count
 from dsjax.plan.count import human
 from dsjax.train.schedule import Schedule
+from sharding.mesh import show_axes
 
 LABEL = 11  # width of the first column
 SAMPLE_LINES = 8
@@ -123,7 +124,7 @@ def plan_rows(config: Config, mesh, facts: dict[str, Any]) -> list[tuple[str, st
     n = count.parameters(config.model)
     mtp = f"; {human(n.mtp)} more for MTP" if n.mtp else ""
     tokens = Schedule(config).total_tokens
-    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    axes = show_axes(mesh.shape)
     kind = jax.devices()[0].device_kind
     return [
         ("model", f"{human(n.total)} parameters, of which a token uses {human(n.active_body_head)}{mtp}"),

@@ -62,7 +62,7 @@ HloModule jit_step, is_scheduled=true
 }}, metadata={op_name="step/kernel"}, backend_config={"window_config":{"estimated_cycles":"1000"}}
   %unknown = bf16[64,128]{1,0:T(8,128)(2,1)} copy(%kernel), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
   %e.1 = bf16[2,128]{1,0:T(8,128)(2,1)} slice(%x), slice={[0:2], [0:128]}
-  %call-start = ((), (), (s32[1]{0})) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="TODO", called_computations={%called_computation.5}
+  %call-start = ((), (), (s32[1]{0})) custom-call-start(), async_execution_thread="sparsecore", custom_call_target="offloaded", called_computations={%called_computation.5}
   %call-update = ((bf16[2,128]{1,0}), (bf16[2,128]{1,0}), (s32[1]{0})) custom-call-update(%call-start, %e.1)
   %call-done = bf16[2,128]{1,0:T(8,128)(2,1)} custom-call-done(%call-update)
   ROOT %next = (s32[]{:T(128)}, bf16[64,128]{1,0:T(8,128)(2,1)}) tuple(%i.1, %unknown)
