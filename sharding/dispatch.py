@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sharding.ragged import Side, exchange
 
@@ -45,7 +45,7 @@ class Fan(NamedTuple):
     """Rows and the copies made of them; a number past the end stands for none."""
 
     row: jax.Array  # [S] int32, of each copy
-    copies: jax.Array  # [R, m] int32, of each row
+    copies: jax.Array  # [m, R] int32, of each row
 
 
 @functools.partial(
@@ -83,7 +83,7 @@ def dispatch(
 ) -> tuple[Float[Array, "M D"], Float[Array, "M"], Plan]:
     """Each pair's row and weight, sorted by local expert, and the plan to bring results back.
 
-    M is set by `buffers`; places after the last pair are zeros.
+    A token's indices are different ones. M is set by `buffers`; places after the last pair are zeros.
     """
     (n, k), n_devices = indices.shape, lax.axis_size(_AXIS)
     inner = n_devices // buffers.groups  # devices of a group
@@ -93,8 +93,11 @@ def dispatch(
     ways, lost = [], [jnp.int32(0)]
     me = lax.axis_index(_AXIS)
 
-    def owners() -> Int[Array, "R K"]:
-        return jnp.where(said[:, k:] > 0, (said[:, k:].astype(jnp.int32) - 1) // n_local_experts, -1)
+    def choices() -> Int[Array, "K R"]:  # rows last, as all that follows: TPUs pad the last dimension to 128
+        return said[:, k:].T.astype(jnp.int32) - 1
+
+    def owners() -> Int[Array, "K R"]:
+        return jnp.where(choices() >= 0, choices() // n_local_experts, -1)
 
     if buffers.groups > 1:
         peers = tuple(tuple(range(i, n_devices, inner)) for i in range(inner))
@@ -114,10 +117,12 @@ def dispatch(
 
     here = x.shape[0]
     size = buffers.rows(n * k, here * min(k, n_local_experts)) if ways else n * k
-    local = said[:, k:].astype(jnp.int32) - 1 - me * n_local_experts
-    pairs, places, group_sizes, left = _sort(local, n_local_experts, size)
-    fan = Fan(jnp.where(pairs < here * k, pairs // k, here), places)
-    pair_weights = _spread(said[:, :k].reshape(-1, 1), Fan(pairs, places.reshape(-1, 1)))[:, 0]
+    own = choices() - me * n_local_experts == jnp.arange(n_local_experts)[:, None, None]  # [E_local, K, R]
+    place, group_sizes = _in_order(jnp.any(own, axis=1), size)
+    places = jnp.min(jnp.where(own, place[:, None], size), axis=0)  # [K, R]
+    pairs, fan = _fan(places, size)
+    pair_weights = _spread(said[:, :k].T.reshape(-1), Fan(pairs, places.reshape(1, -1)))
+    left = jnp.sum(own, dtype=jnp.int32) - jnp.sum(group_sizes)
     return _spread(x, fan), pair_weights, Plan(tuple(ways), fan, group_sizes, sum([*lost, left]))
 
 
@@ -130,19 +135,15 @@ def combine(y: Float[Array, "M D"], plan: Plan) -> Float[Array, "N D"]:
 
 
 def _way(
-    to: Int[Array, "R K"], peers, copies: int, leaving: int, arriving: int, implementation: str
+    to: Int[Array, "K R"], peers, copies: int, leaving: int, arriving: int, implementation: str
 ) -> tuple[Way, Int[Array, ""]]:
     """How each row goes to the peers named in `to` (negative for none), once to each; and how many did not fit."""
-    n_peers, n_rows = len(peers[0]), to.shape[0]
-    wanted = jnp.any(to[:, :, None] == jnp.arange(n_peers), axis=1)  # [R, P]
-    place = jnp.cumsum(wanted.T.reshape(-1), dtype=jnp.int32).reshape(n_peers, n_rows).T - 1  # sorted by peer
-    place = jnp.where(wanted & (place < leaving), place, leaving)
-    nth = jnp.where(wanted, jnp.cumsum(wanted, axis=1), 0)[:, :, None] == 1 + jnp.arange(copies)  # [R, P, copies]
-    places = jnp.min(jnp.where(nth, place[:, :, None], leaving), axis=1)  # no sort: TPU programs of sorts compile long
-    row = jnp.full((leaving,), n_rows, jnp.int32)
-    row = row.at[places].set(jnp.arange(n_rows, dtype=jnp.int32)[:, None], mode="drop")
+    n_peers = len(peers[0])
+    wanted = jnp.any(to == jnp.arange(n_peers)[:, None, None], axis=1)  # [P, R]
+    place, sizes = _in_order(wanted, leaving)
+    nth = jnp.where(wanted, jnp.cumsum(wanted, axis=0), 0) == 1 + jnp.arange(copies)[:, None, None]  # [copies, P, R]
+    _, fan = _fan(jnp.min(jnp.where(nth, place, leaving), axis=1), leaving)
 
-    sizes = jnp.sum(place < leaving, axis=0, dtype=jnp.int32)
     sizes = lax.all_gather(sizes, _AXIS, axis_index_groups=peers)  # [sender, receiver]
     starts = jnp.cumsum(sizes, axis=1) - sizes  # at the sender
     lands = jnp.minimum(jnp.cumsum(sizes, axis=0) - sizes, arriving)  # at the receiver
@@ -151,22 +152,27 @@ def _way(
     out = Side(starts[me], taken[me], lands[me])
     back = Side(lands[:, me], taken[:, me], starts[:, me])
     lost = jnp.sum(wanted, dtype=jnp.int32) - jnp.sum(taken[me])
-    return Way(Fan(row, places), out, back, arriving, peers, implementation), lost
+    return Way(fan, out, back, arriving, peers, implementation), lost
 
 
-def _sort(local: Int[Array, "R K"], n_experts: int, size: int):
-    """Pairs in the order of their expert, the first `size` of them: (pair at each place, place of each pair, pairs of
-    each expert, how many did not fit). Choices outside 0 .. n_experts - 1 are other devices'."""
-    shape, n_pairs = local.shape, local.size
-    local = jnp.where((local >= 0) & (local < n_experts), local, n_experts).reshape(-1)
-    order = jnp.argsort(local, stable=True).astype(jnp.int32)
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(n_pairs, dtype=jnp.int32), unique_indices=True)
-    counts = jnp.sum(local[:, None] == jnp.arange(n_experts), axis=0, dtype=jnp.int32)
-    stops = jnp.minimum(jnp.cumsum(counts), size)
-    in_use = jnp.arange(size) < stops[-1]
-    pairs = jnp.where(in_use, jnp.pad(order, (0, max(0, size - n_pairs)))[:size], n_pairs)
-    places = jnp.where((local < n_experts) & (place < size), place, size)
-    return pairs, places.reshape(shape), jnp.diff(stops, prepend=0), jnp.sum(counts) - stops[-1]
+def _in_order(wanted: Bool[Array, "P R"], size: int) -> tuple[Int[Array, "P R"], Int[Array, "P"]]:
+    """Where the rows that each of P wants stand among all that are wanted, P after P, and how many of each P's fit.
+
+    What is not wanted, or does not fit in `size` places, stands at `size`.
+    """
+    place = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32).reshape(wanted.shape) - 1
+    fits = wanted & (place < size)
+    return jnp.where(fits, place, size), jnp.sum(fits, axis=1, dtype=jnp.int32)
+
+
+def _fan(places: Int[Array, "m R"], size: int) -> tuple[Int[Array, "size"], Fan]:
+    """Which copy (in the order of `places`, laid flat) is at each place, and the rows that they are copies of."""
+    n, n_rows, flat = places.size, places.shape[1], places.reshape(-1)
+    copy = jnp.arange(n, dtype=jnp.int32)
+    # Indices that are all different, past the end too: others XLA would sort for TPUs.
+    at = jnp.where(flat < size, flat, size + copy)
+    copy = jnp.full((size,), n, jnp.int32).at[at].set(copy, mode="drop", unique_indices=True)
+    return copy, Fan(jnp.where(copy < n, copy % n_rows, n_rows), places)
 
 
 # Copying rows and summing copies are each other's gradient, and so are sending and returning. Both are written as
@@ -176,7 +182,7 @@ def _spread(x, fan):
 
 
 def _collect(y, fan):
-    return jnp.sum(y.at[fan.copies].get(mode="fill", fill_value=0), axis=1)
+    return jnp.sum(y.at[fan.copies].get(mode="fill", fill_value=0), axis=0)
 
 
 def _send(x, way):
