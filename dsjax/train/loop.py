@@ -114,6 +114,7 @@ class Run:
             if first and self._due(first, config.eval_every) and not self._evaluated(first):
                 self._evaluate(first, state)
             done = self._steps(first, state)
+            self.recorder.draw(at_once=True)  # with no step left too: a kill may have come before the last picture
         finally:
             report.close()
             self.recorder.close()
@@ -203,7 +204,6 @@ class Run:
                 if evaluate:
                     self._evaluate(done, state)
         self.checkpoints.wait()
-        self.recorder.draw(at_once=True)
         return done
 
     def _due(self, done: int, every: int) -> bool:

@@ -137,10 +137,14 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path, texts, mo
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_finished_run_says_so_and_takes_more_steps(whole, tmp_path, capsys):
+def test_a_finished_run_says_so_and_takes_more_steps(whole, tmp_path, capsys, monkeypatch):
     folder, config = whole
     shutil.copytree(folder, tmp_path / "run")
+    drawn = []
+    monkeypatch.setattr(loop.Recorder, "draw", lambda self, at_once=False: drawn.append((len(self.rows), at_once)))
     result = loop.train(config, tmp_path / "run", quiet=True)
+    # A kill may have come between the last checkpoint and its picture.
+    assert drawn == [(len(read_rows(folder / "metrics.jsonl")), True)]
     assert "6 of 6 steps are done" in capsys.readouterr().err
     assert result["step"] == 6
     assert loop.train(config, tmp_path / "run", quiet=True, explicit={"steps": "8"})["step"] == 8
