@@ -337,19 +337,25 @@ def _product_flops(instruction: Instruction, types: list[str]) -> float:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     if not labels:
         return 0.0
-    # Every element of the kernel meets each output once, except along the kernel's own output features; a window
-    # longer than one that spans a batch of matrices (size=B with lhs dilation or padding) touches one of them only.
+    # Every element of the kernel meets each output, except along the kernel's own output features and where it meets
+    # padding: XLA:TPU writes batches of products and products by head as windows that touch one real element each.
+    met = math.prod(out) * right[labels[2].index("i")]
     window = re.search(r"window=\{([^}]*)\}", instruction.rest)
-    taps = 1.0
-    if window:
-        spatial = [i for i, letter in enumerate(labels[2]) if letter.isdigit()]
-        wide = re.search(r"size=([\dx]+)", window[1])
-        sizes = [int(n) for n in wide[1].split("x")] if wide else [1] * len(spatial)
-        skipped = re.search(r"(?:lhs_dilate|pad|stride)=", window[1])
-        for n, axis in zip(sizes, sorted(spatial, key=lambda i: labels[2][i])):
-            batch = skipped and left[labels[1].index(labels[2][axis])] == n
-            taps *= 1 if batch else n
-    return 2.0 * math.prod(out) * right[labels[2].index("i")] * taps
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    for nth, letter in enumerate(sorted(letter for letter in labels[2] if letter.isdigit())):
+        from_, to = left[labels[1].index(letter)], out[labels[3].index(letter)]
+        met *= _real_taps(from_, to, {name: text.split("x")[nth] for name, text in fields.items()}) / to
+    return 2.0 * met
+
+
+def _real_taps(n: int, n_out: int, window: dict[str, str]) -> int:
+    """How often, along one dimension, a window over n elements meets one of them and not padding, over all outputs."""
+    size, stride, left_gap, right_gap = (
+        int(window.get(name, 1)) for name in ("size", "stride", "lhs_dilate", "rhs_dilate")
+    )
+    before = int(window.get("pad", "0_0").split("_")[0])
+    place = np.arange(n_out)[:, None] * stride + np.arange(size) * right_gap - before
+    return int(np.sum((place >= 0) & (place % left_gap == 0) & (place // left_gap < n)))
 
 
 def _ragged_flops(instruction: Instruction, types: list[str]) -> float:

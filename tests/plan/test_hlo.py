@@ -178,15 +178,36 @@ def test_a_programs_matrix_products_are_counted_as_often_as_they_run():
     assert hlo.flops(compiled(f, mesh, ((8, 16), P()), ((16, 16), P()))) == 3 * 2 * 8 * 16 * 16
 
 
-def test_a_convolution_that_is_a_batch_of_products_counts_each_once():
-    text = """\
-ENTRY %main (a: f32[4,8,16], b: f32[4,16,32]) -> f32[4,8,32] {
-  %a = f32[4,8,16]{2,1,0} parameter(0)
-  %b = f32[4,16,32]{2,1,0} parameter(1)
-  ROOT %c = f32[4,8,32]{2,1,0} convolution(%a, %b), window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf
-}
+@pytest.mark.parametrize(
+    ("a", "b", "y", "window", "flops"),
+    [
+        pytest.param(  # a batch of 4
+            "4,8,16", "4,16,32", "4,8,32",
+            "window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf", 4 * 8 * 16 * 32, id="batch",
+        ),
+        pytest.param(  # 16 heads of one input: all taps but one meet padding
+            "4,64,512,1", "16,256,512,1", "4,64,16,256",
+            "window={size=1x16 pad=0_0x15_15 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f", 4 * 64 * 512 * 16 * 256,
+            id="heads",
+        ),
+        pytest.param(  # 4 heads summed
+            "8,4,16", "4,16,32", "8,1,32", "window={size=4}, dim_labels=b0f_0io->b0f", 8 * 4 * 16 * 32, id="sum",
+        ),
+        pytest.param(  # of 3 taps over 5 elements, the two ends meet padding once each
+            "1,5,2", "3,2,4", "1,5,4", "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", (3 * 5 - 2) * 2 * 4, id="same",
+        ),
+        pytest.param("8,16", "16,32", "8,32", "dim_labels=bf_io->bf", 8 * 16 * 32, id="one product"),
+    ],
+)  # fmt: skip
+def test_a_convolution_counts_what_meets_no_padding(a, b, y, window, flops):
+    text = f"""\
+ENTRY %main (a: f32[{a}], b: f32[{b}]) -> f32[{y}] {{
+  %a = f32[{a}] parameter(0)
+  %b = f32[{b}] parameter(1)
+  ROOT %c = f32[{y}] convolution(%a, %b), {window}
+}}
 """
-    assert hlo.flops(hlo.Program(text)) == 2 * 4 * 8 * 16 * 32
+    assert hlo.flops(hlo.Program(text)) == 2 * flops
 
 
 def test_types_are_measured():
