@@ -157,7 +157,7 @@ class Dsjax(click.Group):
             code = _fail(f"{message[:1].lower()}{message[1:]}; {_see_help(error)}")
         except click.Abort:  # Ctrl-C
             code = 130
-        except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
+        except (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError) as error:
             code = _fail(f"{error.filename}: {error.strerror}")
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
@@ -442,6 +442,8 @@ def plan(
     from sharding.mesh import show_axes
 
     config = job.planned(config, changes, batch, seq)
+    for folder in filter(None, (out, keep_hlo and Path(keep_hlo).parent)):
+        Path(folder).mkdir(parents=True, exist_ok=True)  # refused now, not after minutes of compiling
     compiling, compiled = not no_compile, None
     if search:
         found, config, compiled = job.best(config, slice_, compile_best, slices, compiling, say=_note)

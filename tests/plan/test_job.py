@@ -145,6 +145,8 @@ def test_json_holds_the_same_numbers():
         (["tiny", "--topology=v5e:2x4", "--tokens=many"], "a number of tokens, as in 14.8T"),
         (["tiny", "--topology=v5e:2x4", "--price-per-chip-hour=-1"], "a price greater than 0"),
         (["nothing", "--topology=v5e:2x4"], "nothing"),
+        (["tiny", "--topology=v5e:2x4", "--batch=16", "--out=/dev/null/plans"], "/dev/null"),
+        (["tiny", "--topology=v5e:2x4", "--batch=16", "--keep-hlo=/dev/null/step.hlo"], "/dev/null"),
         (["tiny"], "topology"),
     ],
 )
@@ -194,17 +196,24 @@ def test_a_compiler_that_dies_is_one_line(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_tiny_preset_compiles_for_a_real_tpu():
+@pytest.mark.parametrize(
+    ("text", "changes", "crossed"),
+    [
+        ("v5e:2x4", {"mesh.data": "2", "mesh.expert": "2"}, {"data", "fsdp", "expert"}),
+        ("v6e:2x4", {"mesh.context": "2", "mesh.tensor": "2"}, {"fsdp", "context", "tensor"}),
+        ("v5p:2x2x1", {"mesh.expert": "4", "compute.expert_groups": "2"}, {"expert"}),
+        ("tpu7x:2x2x1", {"mesh.expert": "4", "compute.overlap": "batch-split"}, {"fsdp", "expert"}),
+    ],
+)
+def test_the_tiny_preset_compiles_for_a_real_tpu(text, changes, crossed):
     pytest.importorskip("libtpu")
-    topology = chips.parse("v5e:2x4")
-    config = job.planned(configs.load("tiny"), {"mesh.expert": "2", "mesh.data": "2"}, 16, 256)
-    config = job.on_slice(config, topology)
+    topology = chips.parse(text)
+    config = job.on_slice(job.planned(configs.load("tiny"), changes, 16, 256), topology)
     compiled = compile.compile_step(config, topology)
     numbers = count.parameters(config.model)
-    assert compiled.optimizer >= 8 * (numbers.total + numbers.mtp) / 4
+    assert compiled.optimizer >= 8 * (numbers.total + numbers.mtp) / topology.devices
     assert compiled.hbm >= compiled.parameters + compiled.optimizer
-    axes = {axis for c in compiled.collectives for axis in c["axes"]}
-    assert axes == {"data", "fsdp", "expert"}
+    assert {axis for c in compiled.collectives for axis in c["axes"]} == crossed
     assert 0 < compiled.optimal_s < 1 and compiled.flops > 0
     rows = report.rows(config, topology, compiled)
     assert {"compiled", "measured"} <= {row.basis for row in rows}
