@@ -35,9 +35,11 @@ def exchange(
     by platform; any other name raises ValueError.
     """
     if choose(implementation) == "ragged":
-        zeros = jnp.zeros((rows, x.shape[1]), x.dtype)
         sizes = out.at, out.size, out.there, back.size
-        return lax.ragged_all_to_all(x, zeros, *sizes, axis_name=axis, axis_index_groups=peers)
+        arrived = lax.ragged_all_to_all(
+            x, lax.empty((rows, x.shape[1]), x.dtype), *sizes, axis_name=axis, axis_index_groups=peers
+        )
+        return jnp.where((jnp.arange(rows) < jnp.sum(back.size))[:, None], arrived, 0)
     row = jnp.arange(rows)[:, None]
     of_peer = (row >= back.at) & (row < back.at + back.size)  # [rows, P]
     peer = jnp.argmax(of_peer, axis=1)
