@@ -1,6 +1,7 @@
 """Grouped matmul: rows sorted by expert, each multiplied by its own expert's weights.
 
-`grouped_matmul` is the public function, `reference` its definition, `tiles` the one that XLA:CPU runs fast.
+`grouped_matmul` is the public function, `reference` its definition, `tiles` the one that XLA:CPU runs fast, and
+`pallas_tpu` (in grouped_matmul_tpu.py) that of TPUs.
 `grouped_swiglu` is three of them with SwiGLU between, which "tiles" runs in one walk over the rows.
 """
 
@@ -14,7 +15,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-IMPLEMENTATION_BY_PLATFORM = {"cpu": "tiles", "tpu": "ragged_dot", "gpu": "ragged_dot"}
+from pallas_kernels.grouped_matmul_tpu import pallas_tpu
+
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "tiles", "tpu": "pallas_tpu", "gpu": "ragged_dot"}
 
 
 def grouped_matmul(
@@ -30,7 +33,8 @@ def grouped_matmul(
     need no alignment. Rows after the last group (sum(group_sizes) <= M is the caller's to keep) give zeros, have zero
     gradient and add nothing to that of w, whatever they hold, NaN included. Differentiable once, in x and w.
 
-    implementation: "auto" (by platform), "tiles", "ragged_dot" or "reference"; any other name raises ValueError.
+    implementation: "auto" (by platform), "tiles", "pallas_tpu", "ragged_dot" or "reference"; any other name raises
+    ValueError.
     """
     return IMPLEMENTATIONS[choose(implementation)](x, w, group_sizes)
 
@@ -81,7 +85,11 @@ def reference(x: Float[Array, "M K"], w: Float[Array, "E K N"], group_sizes: Int
 
 
 def ragged_dot(x: Float[Array, "M K"], w: Float[Array, "E K N"], group_sizes: Int[Array, "E"]) -> Float[Array, "M N"]:
-    """XLA's own grouped matmul, with the rows after the last group defined as zero."""
+    """XLA's own grouped matmul, with the rows after the last group defined as zero.
+
+    On CPUs, GPUs and, without the compiler option xla_tpu_enable_ragged_dot_kernel, TPUs other than v5p, it multiplies
+    every row by every expert.
+    """
     in_a_group = (jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None]
     # Sums are in float32 inside XLA's kernels; asking for float32 results would hold the gradient of w in float32 too.
     y = lax.ragged_dot(jnp.where(in_a_group, x, 0), w, group_sizes, preferred_element_type=x.dtype)
@@ -295,4 +303,10 @@ def _fold_groups(begin: Callable, tile: Callable, end: Callable, carry, group_si
     return lax.fori_loop(0, jnp.sum(group_sizes > 0), fold_expert, carry)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"tiles": tiles, "ragged_dot": ragged_dot, "reference": reference}
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "tiles": tiles,
+    "pallas_tpu": pallas_tpu,
+    "pallas_interpret": functools.partial(pallas_tpu, interpret=True),
+    "ragged_dot": ragged_dot,
+    "reference": reference,
+}

@@ -31,8 +31,6 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-# lax.ragged_dot by libtpu's own kernel: its default elsewhere than on v5p multiplies every row by every expert.
-OPTIONS = {"xla_tpu_enable_ragged_dot_kernel": True}
 _GIB = 1 << 30
 
 
@@ -171,7 +169,7 @@ def _run(job: dict[str, Any]) -> dict[str, Any]:
         arguments = abstract_arguments(config, mesh)
         step = jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
         try:
-            compiled = step.lower(*arguments).compile(compiler_options=OPTIONS)
+            compiled = step.lower(*arguments).compile()
         except jax.errors.JaxRuntimeError as error:
             return {"error": str(error)}
         activations = saved_bytes(config, *arguments)

@@ -168,13 +168,13 @@ def groups(text: str, n_devices: int) -> np.ndarray | list[list[int]]:
 
 
 def flops(program: Program) -> float:
-    """Floating point operations of all matrix products, those of XLA's ragged-dot kernels at all their rows."""
+    """Floating point operations of all matrix products, those of the experts' kernels at all their rows."""
     total = 0.0
     for computation, instruction, times in program.instructions():
         types = program.operand_types(computation, instruction)
         if instruction.opcode in ("dot", "convolution") and len(types) >= 2:
             total += times * _product_flops(instruction, types)
-        elif instruction.opcode == "custom-call" and instruction.name.startswith("ragged-dot"):
+        elif instruction.opcode == "custom-call" and instruction.name.startswith(("grouped_matmul", "ragged-dot")):
             total += times * _ragged_flops(instruction, types)
     return total
 
@@ -359,7 +359,7 @@ def _real_taps(n: int, n_out: int, window: dict[str, str]) -> int:
 
 
 def _ragged_flops(instruction: Instruction, types: list[str]) -> float:
-    """Of XLA:TPU's kernels: [M, K] x [E, K, N] -> [M, N], or [M, K] x [M, N] -> [E, K, N]."""
+    """Of XLA:TPU's kernels and ours: [M, K] x [E, K, N] -> [M, N], or [M, K] x [M, N] -> [E, K, N]."""
     shapes = [dims for text in types for _, dims in arrays(text) if len(dims) > 1]
     out = arrays(instruction.type)[0][1]
     if len(shapes) < 2 or len(out) < 2:

@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 from pallas_kernels.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, grouped_swiglu
 
 M, K, N, E = 48, 16, 24, 5  # "tiles" runs 32 rows, then 8 at a time, and 48 rows are no whole number of either
-ALL = list(IMPLEMENTATIONS)
+ALL = [name for name in IMPLEMENTATIONS if name != "pallas_tpu"]  # "pallas_interpret" is the same on a CPU
 PATTERNS = {
     "balanced": [10, 10, 10, 10, 8],
     "some empty": [0, 17, 0, 31, 0],
@@ -82,11 +82,12 @@ def test_any_groups_agree_with_the_reference(implementation, sizes):
     assert_close(expected, oracle(*args, sizes))
 
 
+@pytest.mark.parametrize("implementation", ["tiles", "pallas_interpret"])
 @pytest.mark.parametrize("m, e", [(0, 3), (1, 1), (1, 8), (4, 32), (33, 32), (300, 2)])
-def test_few_rows_and_many_experts(m, e):
+def test_few_rows_and_many_experts(m, e, implementation):
     sizes = np.random.default_rng(1).multinomial(m, [1 / e] * e)
     args = operands(m, e)
-    assert_close(run(*args, jnp.array(sizes), "tiles"), oracle(*args, sizes))
+    assert_close(run(*args, jnp.array(sizes), implementation), oracle(*args, sizes))
 
 
 @pytest.mark.parametrize("implementation", ALL)

@@ -1,0 +1,299 @@
+"""Grouped matmul for TPUs, in Pallas: rows times their expert's weights, or times their transpose, and the gradient of
+the weights.
+
+A kernel walks over the tiles of rows, group after group; a tile in which groups meet is visited once for each. All of K
+is summed in one product, so that no partial sum leaves the matrix unit, and a group's weights stay on the chip while
+its rows pass. Only where a group begins or ends inside a tile are rows masked, and there only those parts of the tile
+are multiplied in which it has rows. Found by compiling prototypes (reference, kernels section 1).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+VMEM_BYTES = 64 << 20  # of a core of v5p and tpu7x; v5e and v6e have twice as much
+_USED = 0.75  # of it for the tiles: the rest is for what the compiler keeps beside them
+_BALANCE = 560  # FLOPs of bfloat16 a byte of HBM: v6e's, the highest of the four
+_EDGE = 128  # rows multiplied at once in a tile that groups share
+
+
+_STRIP = (
+    1 << 22
+)  # elements of a tile's weights multiplied by one piece of program; it grows with them, and compiles longer
+
+
+class Tiles(NamedTuple):
+    """Sizes of what a kernel holds at a time."""
+
+    rows: int
+    columns: int  # of the result
+    depth: int = 0  # rows of the result that is a gradient of weights
+
+
+class Walk(NamedTuple):
+    """Which group and which tile of rows each step visits."""
+
+    starts: jax.Array  # [E + 2] int32, first row of each group, of the rest, and the number of rows
+    group: jax.Array  # [S] int32; E is the rest: rows in no group
+    tile: jax.Array  # [S] int32
+    read: jax.Array  # [S] int32, the tile to read: the one before, where there is nothing to multiply
+    n_steps: jax.Array  # [] int32
+
+
+def pallas_tpu(
+    x: Float[Array, "M K"],
+    w: Float[Array, "E K N"],
+    group_sizes: Int[Array, "E"],
+    *,
+    tiles: tuple[Tiles, Tiles, Tiles] | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> Float[Array, "M N"]:
+    """As `grouped_matmul`, whose definition holds. tiles: forward, gradient of x, gradient of w; chosen if not given.
+
+    interpret: True to run as plain JAX, on any platform; InterpretParams to run as a TPU would, slowly. Raises
+    ValueError if no tile of the operands fits the chip's memory.
+    """
+    if 0 in (*x.shape, *w.shape):
+        return jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
+    if tiles is None:
+        (m, k), n, size = x.shape, w.shape[2], x.dtype.itemsize
+        tiles = choose_tiles(m, k, n, size), choose_tiles(m, n, k, size), choose_gradient_tiles(m, k, n, size)
+    return _matmul(x, w, group_sizes.astype(jnp.int32), tiles, interpret)
+
+
+def choose_tiles(m: int, k: int, n: int, itemsize: int) -> Tiles:
+    """The tiles of [m, k] x [k, n] that take the least time by a roofline, of those that fit."""
+
+    def time(rows, columns):  # 1 is that of the products; x is read for each block of columns, weights and results once
+        moved = _BALANCE * itemsize / 2 * (1 / columns + 1 / k)
+        return (max(1.0, moved) + 0.03 * 512 / rows) * _padded(n, columns)
+
+    candidates = [
+        (time(rows, columns), Tiles(rows, columns))
+        for rows in _sizes(_whole_parts(m), 512, 16)
+        for columns in _sizes(n, 2048, 128)
+        if (2 * (rows * k + k * columns + rows * columns) * itemsize + 4 * rows * columns) <= _USED * VMEM_BYTES
+    ]
+    if not candidates:
+        raise ValueError(f"grouped matmul: no tile of [{m}, {k}] x [{k}, {n}] fits {VMEM_BYTES >> 20} MiB of VMEM")
+    return min(candidates)[1]
+
+
+def choose_gradient_tiles(m: int, k: int, n: int, itemsize: int) -> Tiles:
+    """The tiles of [m, k]T x [m, n] for which least is read, of those that fit."""
+    candidates = [
+        ((1 / depth + 1 / columns) * _padded(k, depth) * _padded(n, columns), -rows, Tiles(rows, columns, depth))
+        for rows in _sizes(_whole_parts(m), 512, 16)
+        for depth in _sizes(k, 2048, 128)
+        for columns in _sizes(n, 2048, 128)
+        if 2 * (rows * (depth + columns) + depth * columns) * itemsize + 8 * depth * columns <= _USED * VMEM_BYTES
+    ]
+    return min(candidates)[2]
+
+
+def _padded(n: int, tile: int) -> float:
+    """How many times n the tiles over it are."""
+    return -(-n // tile) * tile / n
+
+
+def _whole_parts(m: int) -> int:
+    part = _EDGE if m > _EDGE else 32  # 32 rows of any format fill whole registers
+    return -(-m // part) * part
+
+
+def _sizes(n: int, most: int, least: int) -> list[int]:
+    """Powers of two from `least` to `most` that are less than n; n itself too, if it is at most `most`."""
+    powers = [1 << i for i in range(least.bit_length() - 1, most.bit_length())]
+    return [size for size in powers if size < n] + ([n] if n <= most else [])
+
+
+def walk(group_sizes: Int[Array, "E"], m: int, rows: int, empty: bool) -> Walk:
+    """Of every group's tiles in order. empty: groups without rows are visited once, and the rows in no group never;
+    otherwise the other way round."""
+    n_groups, n_tiles = group_sizes.shape[0], -(-m // rows)
+    stops = jnp.cumsum(group_sizes)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), stops, jnp.full(1, m, jnp.int32)])
+    first, last = starts[:-1] // rows, -(-starts[1:] // rows)
+    visits = jnp.where(starts[1:] > starts[:-1], last - first, 0)
+    visits = jnp.maximum(visits, 1).at[-1].set(0) if empty else visits
+    done = jnp.cumsum(visits)
+    step = jnp.arange(n_tiles + n_groups + 1, dtype=jnp.int32)
+    group = jnp.minimum(jnp.sum(step[:, None] >= done, axis=1, dtype=jnp.int32), n_groups)
+    tile = jnp.clip(first[group] + step - (done - visits)[group], 0, n_tiles - 1)
+    return Walk(starts, group, tile, jnp.minimum(tile, jnp.maximum(last[:-1].max() - 1, 0)), done[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _matmul(x, w, group_sizes, tiles, interpret):
+    return _rows_times_weights(x, w, group_sizes, tiles[0], False, interpret)
+
+
+def _forward(x, w, group_sizes, tiles, interpret):
+    return _matmul(x, w, group_sizes, tiles, interpret), (x, w, group_sizes)
+
+
+def _backward(tiles, interpret, residuals, dy):
+    x, w, group_sizes = residuals
+    dx = _rows_times_weights(dy, w, group_sizes, tiles[1], True, interpret)
+    return dx, _rows_times_rows(x, dy, group_sizes, tiles[2], w.dtype, interpret), None
+
+
+_matmul.defvjp(_forward, _backward)
+
+
+def _rows_times_weights(x, w, group_sizes, tiles: Tiles, transposed: bool, interpret):
+    """y[row] = x[row] @ w[group of row], or @ w[group of row].T; zeros where a row is in no group."""
+    (m, k), n_groups, n = x.shape, w.shape[0], w.shape[1 if transposed else 2]
+    plan = walk(group_sizes, m, tiles.rows, empty=False)
+
+    def of_group(j, s, starts, group, tile, read):
+        expert = jnp.minimum(group[s], n_groups - 1)
+        return (expert, j, 0) if transposed else (expert, 0, j)
+
+    return pl.pallas_call(
+        functools.partial(_rows_times_weights_kernel, n_groups=n_groups, transposed=transposed),
+        out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(pl.cdiv(n, tiles.columns), plan.n_steps),
+            in_specs=[
+                pl.BlockSpec((tiles.rows, k), lambda j, s, starts, group, tile, read: (read[s], 0)),
+                pl.BlockSpec(
+                    (pl.squeezed, tiles.columns, k) if transposed else (pl.squeezed, k, tiles.columns), of_group
+                ),
+            ],
+            out_specs=pl.BlockSpec((tiles.rows, tiles.columns), lambda j, s, starts, group, tile, read: (tile[s], j)),
+        ),
+        compiler_params=_parameters("parallel", "arbitrary"),
+        cost_estimate=_cost(m, k, n, x, w),
+        interpret=interpret,
+        name="grouped_matmul_transposed" if transposed else "grouped_matmul",
+    )(*plan[:4], x, w)
+
+
+def _rows_times_weights_kernel(starts, group, tile, read, x, w, y, *, n_groups, transposed):
+    step = pl.program_id(1)
+    begin, end = _own_rows(starts, group[step], tile[step], y.shape[0])
+
+    def product(rows, columns):
+        weights, contract = (
+            (w[columns], (((1,), (1,)), ((), ()))) if transposed else (w[:, columns], (((1,), (0,)), ((), ())))
+        )
+        return _product(x[rows], weights, contract).astype(y.dtype)
+
+    def zeros(rows, columns):
+        return jnp.zeros((rows.size, columns.size), y.dtype)
+
+    def put(values, rows, columns):
+        y[rows, columns] = values(rows, columns)
+
+    def put_own(values, rows, columns):
+        y[rows, columns] = jnp.where(_between(begin, end, rows), values(rows, columns), y[rows, columns])
+
+    for when, values in ((group[step] < n_groups, product), (group[step] == n_groups, zeros)):
+        whole, part = (_in_strips(functools.partial(f, values), x.shape[1], y.shape[1]) for f in (put, put_own))
+        _by_parts(when, begin, end, y.shape[0], whole, part)
+
+
+def _in_strips(put, k: int, n: int):
+    """put(rows, columns) for strips of columns, one after the other."""
+
+    def put_all(rows):
+        most = max(128, _STRIP // k)
+        size = next((size for size in (2048, 1024, 512, 256, 128) if size <= most and n % size == 0), n)
+        lax.fori_loop(0, n // size, lambda i, _: put(rows, pl.ds(pl.multiple_of(i * size, size), size)), None)
+
+    return put_all
+
+
+def _rows_times_rows(x, dy, group_sizes, tiles: Tiles, dtype, interpret):
+    """dw[e] = x[rows of e].T @ dy[rows of e]."""
+    (m, k), n, n_groups = x.shape, dy.shape[1], group_sizes.shape[0]
+    plan = walk(group_sizes, m, tiles.rows, empty=True)
+    return pl.pallas_call(
+        _rows_times_rows_kernel,
+        out_shape=jax.ShapeDtypeStruct((n_groups, k, n), dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(pl.cdiv(k, tiles.depth), pl.cdiv(n, tiles.columns), plan.n_steps),
+            in_specs=[
+                pl.BlockSpec((tiles.rows, tiles.depth), lambda i, j, s, starts, group, tile, read: (tile[s], i)),
+                pl.BlockSpec((tiles.rows, tiles.columns), lambda i, j, s, starts, group, tile, read: (tile[s], j)),
+            ],
+            out_specs=pl.BlockSpec(
+                (pl.squeezed, tiles.depth, tiles.columns),
+                lambda i, j, s, starts, group, tile, read: (group[s], i, j),
+            ),
+            scratch_shapes=[pltpu.VMEM((tiles.depth, tiles.columns), jnp.float32)],
+        ),
+        compiler_params=_parameters("parallel", "parallel", "arbitrary"),
+        cost_estimate=_cost(m, k, n, x, dy),
+        interpret=interpret,
+        name="grouped_matmul_gradient",
+    )(*plan[:4], x, dy)
+
+
+def _rows_times_rows_kernel(starts, group, tile, read, x, dy, dw, total):
+    step, n_steps = pl.program_id(2), pl.num_programs(2)
+    mine = group[step]
+    begin, end = _own_rows(starts, mine, tile[step], x.shape[0])
+
+    @pl.when((step == 0) | (group[jnp.maximum(step - 1, 0)] != mine))
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+    def add(rows):
+        total[...] += _product(x[rows], dy[rows], (((0,), (0,)), ((), ())))
+
+    def add_own(rows):
+        own = _between(begin, end, rows)
+        both = (jnp.where(own, a[rows], jnp.zeros((), a.dtype)) for a in (x, dy))
+        total[...] += _product(*both, (((0,), (0,)), ((), ())))
+
+    _by_parts(True, begin, end, x.shape[0], add, add_own)
+
+    @pl.when((step == n_steps - 1) | (group[jnp.minimum(step + 1, n_steps - 1)] != mine))
+    def _():
+        dw[...] = total[...].astype(dw.dtype)
+
+
+def _own_rows(starts, group, tile, rows: int):
+    """Where in a tile the group's rows begin and end; beyond the tile, if it has more."""
+    return starts[group] - tile * rows, starts[group + 1] - tile * rows
+
+
+def _between(begin, end, rows):
+    place = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0)
+    return (place >= begin) & (place < end)
+
+
+def _by_parts(when, begin, end, n_rows: int, whole, part) -> None:
+    """whole(rows) for a tile that is all the group's; else part(rows) for each part in which the group has rows."""
+    all_own = (begin <= 0) & (end >= n_rows)
+    pl.when(when & all_own)(lambda: whole(pl.ds(0, n_rows)))
+
+    @pl.when(when & ~all_own)
+    def _():
+        size = min(_EDGE, n_rows)
+        first, stop = lax.div(jnp.maximum(begin, 0), size), lax.div(jnp.minimum(end, n_rows) + size - 1, size)
+        lax.fori_loop(first, stop, lambda i, _: part(pl.ds(i * size, size)), None)
+
+
+def _product(a, b, contract):
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(a, b, contract, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _parameters(*semantics):
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=int(0.95 * VMEM_BYTES))
+
+
+def _cost(m, k, n, *operands):
+    moved = sum(a.size * a.dtype.itemsize for a in operands)
+    return pl.CostEstimate(flops=2 * m * k * n, bytes_accessed=moved, transcendentals=0)
