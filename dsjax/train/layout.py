@@ -14,6 +14,13 @@ from dsjax.train.processes import check_joined
 from sharding.mesh import MeshError, divisors, make_mesh
 from sharding.rules import RULES, spec
 
+# Of the choices in `compute`, those that not every platform has.
+ONLY_ON = (
+    ("grouped_matmul", "pallas_tpu", ["tpu"]),
+    ("attention", "splash", ["tpu"]),
+    ("exchange", "ragged", ["tpu", "gpu"]),
+)
+
 
 def devices() -> list:
     """This job's devices; to be called before any other use of them. Raises ConfigError if there are none."""
@@ -28,7 +35,14 @@ def devices() -> list:
 
 
 def device_mesh(config: Config):
-    """The mesh of a configuration on this job's devices. Raises ConfigError with the arithmetic if it cannot be."""
+    """The mesh of a configuration on this job's devices. Raises ConfigError with the arithmetic if it cannot be, and
+    where the configuration asks for what these devices cannot run."""
+    platform = devices()[0].platform
+    for name, value, runs_on in ONLY_ON:
+        if getattr(config.compute, name) == value and platform not in runs_on:
+            raise ConfigError(
+                f"compute.{name}={value}: runs on {' and '.join(runs_on)}, here is {platform}; auto chooses"
+            )
     try:
         mesh = make_mesh(devices(), **vars(config.mesh))
     except MeshError as error:

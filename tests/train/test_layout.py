@@ -11,6 +11,7 @@ import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import configs
 from dsjax.config import ConfigError, MeshConfig, replace
 from dsjax.data.pipeline import TrainRows, batches, load_corpus
 from dsjax.train import layout
@@ -172,3 +173,13 @@ def test_a_mesh_of_sizes_that_divide_is_made(tmp_path):
     assert device_mesh(replace(runs.micro(tmp_path), mesh=MeshConfig(expert=2, context=2))).size == len(
         layout.devices()
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("grouped_matmul", "pallas_tpu"), ("attention", "splash"), ("exchange", "ragged")]
+)
+def test_what_a_cpu_cannot_run_is_refused(name, value):
+    config = configs.load("tiny")
+    config = replace(config, compute=replace(config.compute, **{name: value}))
+    with pytest.raises(ConfigError, match=rf"compute\.{name}={value}: runs on tpu.*, here is cpu; auto chooses"):
+        layout.device_mesh(config)
