@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.common import machine
+from dsjax.plan.compile import ENVIRONMENT
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SHAPES = ["16,16384,7168,2048", "16,16384,2048,7168"]  # experts, rows, K, N: DeepSeek-V3's two
@@ -97,13 +99,7 @@ def compile_all(chip: str, shapes: list[str]) -> list[dict]:
 def in_own_process(chip: str, shapes: list[str]) -> list[dict]:
     """libtpu reads its flags once, and takes the chip's schedule dumps with it."""
     with tempfile.TemporaryDirectory() as dump:
-        flags = {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_STDERR_LOG_LEVEL": "3",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-        }
+        flags = ENVIRONMENT | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
         command = [sys.executable, "-m", "benchmarks.kernels", "--child", "--aot", chip]
         command += [f"--shape={shape}" for shape in shapes]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | flags, check=True)
@@ -122,8 +118,6 @@ def main() -> None:
         print(json.dumps(compile_all(chips[0], shapes)))
         return
     results = [row for chip in chips for row in in_own_process(chip, shapes)]
-    from importlib.metadata import version
-
     where = machine() | {"libtpu": version("libtpu")}
     text = json.dumps({"command": "python -m benchmarks.kernels", "machine": where, "results": results}, indent=2)
     print(text)

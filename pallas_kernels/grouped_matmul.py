@@ -33,8 +33,8 @@ def grouped_matmul(
     need no alignment. Rows after the last group (sum(group_sizes) <= M is the caller's to keep) give zeros, have zero
     gradient and add nothing to that of w, whatever they hold, NaN included. Differentiable once, in x and w.
 
-    implementation: "auto" (by platform), "tiles", "pallas_tpu", "ragged_dot" or "reference"; any other name raises
-    ValueError.
+    implementation: "auto" (by platform), "tiles", "pallas_tpu", "pallas_interpret" (the same kernels on any platform,
+    for tests), "ragged_dot" or "reference"; any other name raises ValueError.
     """
     return IMPLEMENTATIONS[choose(implementation)](x, w, group_sizes)
 

@@ -220,15 +220,15 @@ def _rows_times_rows(x, dy, group_sizes, tiles: Tiles, dtype, interpret):
         _rows_times_rows_kernel,
         out_shape=jax.ShapeDtypeStruct((n_groups, k, n), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=3,
             grid=(pl.cdiv(k, tiles.depth), pl.cdiv(n, tiles.columns), plan.n_steps),
             in_specs=[
-                pl.BlockSpec((tiles.rows, tiles.depth), lambda i, j, s, starts, group, tile, read: (tile[s], i)),
-                pl.BlockSpec((tiles.rows, tiles.columns), lambda i, j, s, starts, group, tile, read: (tile[s], j)),
+                pl.BlockSpec((tiles.rows, tiles.depth), lambda i, j, s, starts, group, tile: (tile[s], i)),
+                pl.BlockSpec((tiles.rows, tiles.columns), lambda i, j, s, starts, group, tile: (tile[s], j)),
             ],
             out_specs=pl.BlockSpec(
                 (pl.squeezed, tiles.depth, tiles.columns),
-                lambda i, j, s, starts, group, tile, read: (group[s], i, j),
+                lambda i, j, s, starts, group, tile: (group[s], i, j),
             ),
             scratch_shapes=[pltpu.VMEM((tiles.depth, tiles.columns), jnp.float32)],
         ),
@@ -236,10 +236,10 @@ def _rows_times_rows(x, dy, group_sizes, tiles: Tiles, dtype, interpret):
         cost_estimate=_cost(m, k, n, x, dy),
         interpret=interpret,
         name="grouped_matmul_gradient",
-    )(*plan[:4], x, dy)
+    )(*plan[:3], x, dy)
 
 
-def _rows_times_rows_kernel(starts, group, tile, read, x, dy, dw, total):
+def _rows_times_rows_kernel(starts, group, tile, x, dy, dw, total):
     step, n_steps = pl.program_id(2), pl.num_programs(2)
     mine = group[step]
     begin, end = _own_rows(starts, mine, tile[step], x.shape[0])
