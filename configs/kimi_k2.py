@@ -44,5 +44,5 @@ def kimi_k2() -> Config:
         ),
         balance=BalanceConfig(bias_update_speed=0.001),  # neither a loss nor the speed was published
         optimizer=OptimizerConfig(peak_lr=2e-4, warmup_steps=500, schedule="v3"),
-        compute=ComputeConfig(dtype="bfloat16", remat="deepseek"),
+        compute=ComputeConfig(precision="bf16", remat="deepseek"),
     )

@@ -40,5 +40,5 @@ def moe_16b() -> Config:
             step_at=(0.8, 0.9),
             eps=1e-8,  # not published
         ),
-        compute=ComputeConfig(dtype="bfloat16", remat="deepseek"),
+        compute=ComputeConfig(precision="bf16", remat="deepseek"),
     )

@@ -45,5 +45,5 @@ def moonlight() -> Config:
         ),
         balance=BalanceConfig(bias_update_speed=0.001, bias_update_until=5.2 / 5.7),  # no loss was published
         optimizer=OptimizerConfig(peak_lr=4.2e-4, warmup_steps=2000, schedule="cosine", final_lr_ratio=0.1),
-        compute=ComputeConfig(dtype="bfloat16", remat="deepseek"),
+        compute=ComputeConfig(precision="bf16", remat="deepseek"),
     )

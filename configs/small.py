@@ -37,5 +37,5 @@ def small() -> Config:
         ),
         balance=BalanceConfig(sequence=1e-4),
         optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=200, schedule="cosine"),
-        compute=ComputeConfig(dtype="bfloat16", remat="deepseek"),
+        compute=ComputeConfig(precision="bf16", remat="deepseek"),
     )

@@ -49,5 +49,5 @@ def v2() -> Config:
             step_at=(0.6, 0.9),
             eps=1e-8,  # not published
         ),
-        compute=ComputeConfig(dtype="bfloat16", remat="deepseek"),
+        compute=ComputeConfig(precision="bf16", remat="deepseek"),
     )

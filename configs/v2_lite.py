@@ -43,5 +43,5 @@ def v2_lite() -> Config:
             step_at=(0.8, 0.9),
             eps=1e-8,  # not published
         ),
-        compute=ComputeConfig(dtype="bfloat16", remat="deepseek"),
+        compute=ComputeConfig(precision="bf16", remat="deepseek"),
     )

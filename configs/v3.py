@@ -60,5 +60,5 @@ def v3() -> Config:
             eps=1e-8,  # not published
         ),
         data=DataConfig(fim_rate=0.1, document_mask=False),  # rows are packed, and attention crosses documents
-        compute=ComputeConfig(dtype="bfloat16", remat="deepseek"),
+        compute=ComputeConfig(precision="bf16", remat="deepseek"),
     )

@@ -32,7 +32,7 @@ from dsjax.config import (
 from dsjax.plan import count
 from dsjax.plan.count import human, human_number
 
-SHORT = {"overlap": "compute.overlap"}  # options that need no section
+SHORT = {"overlap": "compute.overlap", "precision": "compute.precision"}  # options that need no section
 OPTION = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)  # "-- a comment" is a value, "--steps" is not
 
 
@@ -464,6 +464,53 @@ def plan(
         config = job.on_slice(config, slice_, slices)
         job.save(Path(out), whole, config, slice_, slices, job.training_command(preset, config, changes))
         _note(f"{out}: plan.json, plan.png and launch files")
+
+
+@cli.group(
+    cls=Dsjax,
+    short_help="Test what the papers say, here.",
+    epilog="""\b
+Example:
+  dsjax claims fp8 tiny --steps 200""",
+)
+def claims():
+    """Test a claim of the papers on a model that this machine can train; exit code 1 where it does not hold."""
+
+
+@claims.command(
+    "fp8",
+    fields=True,
+    short_help="FP8 training loses nothing.",
+    options_metavar="[--seeds N] [--out FOLDER] [--json] [--FIELD=VALUE]...",
+    epilog="""\b
+Examples:
+  dsjax claims fp8
+  dsjax claims fp8 small --steps 2000 --seeds 5""",
+)
+@click.argument("preset", default="tiny")
+@click.option("--seeds", type=POSITIVE, default=3, show_default=True, help="Trainings of each recipe.")
+@click.option("--out", metavar="FOLDER", help="Runs, claim.json and claim.png.  [default: runs/claims-fp8-PRESET]")
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
+def claims_fp8(preset: str, seeds: int, out: str | None, as_json: bool, changes: dict[str, str]):
+    """Train PRESET in bf16, in FP8 with DeepSeek's tiles and with three controls, from the same seeds, and compare.
+
+    The claim holds if the loss over the last 10% of the steps, mean of the seeds, is within 0.25% of bf16's. A stopped
+    command goes on where it was.
+    """
+    config, _ = _find_config(preset)
+    config = override(config, changes)
+    folder = Path(out) if out is not None else Path("runs") / f"claims-fp8-{config.name}"
+    from dsjax.claims import fp8
+
+    result = fp8.test(config, folder, seeds, _note)
+    if as_json:
+        click.echo(json.dumps(result, indent=2))
+    else:
+        head, rows = fp8.table(result)
+        _print_table(head, rows, right=range(1, len(head)))
+        click.echo(f"\n{result['claim']}: {'holds' if result['holds'] else 'does not hold'} ({folder}/claim.png)")
+    if not result["holds"]:
+        sys.exit(1)
 
 
 @cli.group(

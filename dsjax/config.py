@@ -241,7 +241,17 @@ class DistributedConfig:
 class ComputeConfig:
     """How the same numbers are computed."""
 
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="activations and matmuls; weights are float32")
+    precision: Literal[
+        "float32",
+        "bf16",
+        "fp8_deepseek",
+        "fp8_deepseek_ue8m0",
+        "fp8_rowwise",
+        "fp8_tensor",
+        "fp8_block_gradients",
+    ] = Field(
+        "float32", description="recipe of dsjax.precision: activations' and matmuls' formats; weights are float32"
+    )
     remat: Literal["none", "full", "deepseek"] = Field(
         "none", description="recomputed in the backward pass: nothing, whole layers, or norms + up-projections + SwiGLU"
     )

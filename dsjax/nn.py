@@ -6,11 +6,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
+from jax import P, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from sharding.rules import as_rows, as_tokens, spec
+from pallas_kernels.scaled_linear import Scaling, scaled_linears, scaled_swiglu
+from sharding.rules import as_rows, as_tokens, spec, whole
 
 
 def param(rngs: nnx.Rngs, shape: tuple[int, ...], names: tuple[str | None, ...], std: float = 0.0) -> nnx.Param:
@@ -24,16 +25,42 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx
     return jax.vmap(lambda key: make(nnx.Rngs(params=key)))(jax.random.split(rngs.params(), n))
 
 
-def linear(x: Float[Array, "B T *K"], w: Float[Array, "*W"], name: str | None = None) -> Float[Array, "B T *N"]:
+def linear(
+    x: Float[Array, "B T *K"], w: Float[Array, "*W"], name: str | None = None, scaling: Scaling | None = None
+) -> Float[Array, "B T *N"]:
     """x times w [*K, *N], summed over all axes of x but batch and sequence; `name` is what the first of *N is.
 
     Tokens are rows of one matrix here: where batch and sequence are two axes, XLA:CPU makes the weights' gradients
-    from transposed copies.
+    from transposed copies. scaling: in FP8, the tiles on each device's own rows and its part of heads or widths.
     """
     n = x.ndim - 2
     rows, matrix = as_rows(x), w.reshape(math.prod(w.shape[:n]), -1)
     layout = P(jax.typeof(rows).sharding.spec[0], *spec(name))
-    return as_tokens(jnp.einsum("nk,km->nm", rows, matrix, out_sharding=layout), x, *w.shape[n:])
+    if scaling is None:
+        y = jnp.einsum("nk,km->nm", rows, matrix, out_sharding=layout)
+    else:
+        y = _on_devices(lambda x, w: scaled_linears(x, (w,), scaling)[0], rows, matrix, layout=layout)
+    return as_tokens(y, x, *w.shape[n:])
+
+
+def _on_devices(local, rows, *weights, layout: P):
+    """local(rows, *weights) on each device: with its own rows, and whole weights but for what `tensor` spreads, over
+    which results are summed if they are not spread themselves."""
+    layouts = [jax.typeof(w).sharding.spec for w in weights]
+    partial = "tensor" not in layout and any("tensor" in axes for axes in layouts)
+
+    def part(rows, *shards):
+        gathered = []
+        for w, axes in zip(shards, layouts):
+            for i, names in enumerate(axes):
+                if names not in (None, "tensor"):
+                    w = whole(w, names, i)
+            gathered.append(w)
+        y = local(rows, *gathered)
+        return lax.psum(y, "tensor") if partial else y
+
+    specs = jax.typeof(rows).sharding.spec, *layouts
+    return jax.shard_map(part, in_specs=specs, out_specs=layout, check_vma=False)(rows, *weights)
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
@@ -63,7 +90,13 @@ class SwiGLU(nnx.Module):
         self.w_up = param(rngs, (d, f), ("embed", "ff"), std)
         self.w_down = param(rngs, (f, d), ("ff", "embed"), std)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], scaling: Scaling | None = None) -> Float[Array, "B T D"]:
+        if scaling is not None:
+            rows, weights = as_rows(x), (w[...] for w in (self.w_gate, self.w_up, self.w_down))
+            y = _on_devices(
+                lambda x, *w: scaled_swiglu(x, None, *w, scaling), rows, *weights, layout=jax.typeof(rows).sharding.spec
+            )
+            return as_tokens(y, x, self.w_down.shape[1])
         gate = checkpoint_name(linear(x, self.w_gate[...], "ff"), "mlp_gate")
         up = checkpoint_name(linear(x, self.w_up[...], "ff"), "mlp_up")
         return linear(jax.nn.silu(gate) * up, self.w_down[...])

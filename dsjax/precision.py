@@ -1,10 +1,78 @@
-"""Which numbers are kept and multiplied in which format: the only place that knows."""
+"""Which numbers are kept and multiplied in which format: the only place that knows.
+
+A recipe is data: for each class of matmuls how its three products are quantised, if they are. A new one is a new entry
+of RECIPES and its name in `dsjax.config`.
+"""
+
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 
-# float32 whatever the recipe: the router's choice and the norms (reference section 5.1)
-_FLOAT32 = ("router", "scale")
+from pallas_kernels.quantise import Tile
+from pallas_kernels.scaled_linear import Product, Scaling
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The format of every class of matmuls (reference section 5.1).
+
+    Norms, softmax, scores, losses, master weights and their gradients' sums are float32 in all.
+    """
+
+    dtype: str  # of activations, and of operands that are not quantised
+    attention: Scaling | None = None  # wq, wq_a, wq_b, wkv_a, wkv_b; wk and wv of plain attention
+    attention_out: Scaling | None = None  # wo
+    mlp: Scaling | None = None  # of dense layers
+    experts: Scaling | None = None  # routed
+    shared: Scaling | None = None  # shared experts
+    eh_proj: Scaling | None = None  # of multi-token prediction
+    head: str | None = None  # dtype of its product, in which the loss is; None: as activations
+    router: str = "float32"  # dtype of its product
+
+    def alignment(self) -> int:
+        """What the rows of an expert are padded to a multiple of, so that no tile holds those of two."""
+        return (self.experts and self.experts.weight_gradient.left.rows) or 1
+
+
+def _quantised(scaling: Scaling) -> Recipe:
+    # What attention gives is kept for its own backward pass as it is; wo quantises it from there. The paper keeps it in
+    # E5M6 instead: less exact, and a second copy.
+    out = replace(scaling, kept=None)
+    return Recipe("bfloat16", scaling, out, mlp=scaling, experts=scaling, shared=scaling)
+
+
+def _tiled(size: int | None, block: int | None, ue8m0: bool = False) -> Scaling:
+    """Tiles of one row or column and `size` values along what is summed over; of weights, `block` columns share it."""
+    row, column = Tile(1, size, ue8m0), Tile(size, 1, ue8m0)
+    return Scaling(
+        forward=Product(row, Tile(size, block, ue8m0)),
+        input_gradient=Product(row, Tile(block, size, ue8m0)),
+        weight_gradient=Product(column, column),
+        kept=row,
+    )
+
+
+_WHOLE, _BLOCK, _ROW, _COLUMN = Tile(None, None), Tile(128, 128), Tile(1, 128), Tile(128, 1)
+
+RECIPES: dict[str, Recipe] = {
+    "float32": Recipe("float32"),
+    "bf16": Recipe("bfloat16"),
+    # 1x128 tiles of activations and of their gradients, 128x1 where tokens are summed over, 128x128 blocks of weights
+    "fp8_deepseek": _quantised(_tiled(128, 128)),
+    "fp8_deepseek_ue8m0": _quantised(_tiled(128, 128, ue8m0=True)),
+    # blocks of 512, a column of weights by itself: what pays on chips that scale in their vector unit
+    "fp8_rowwise": _quantised(_tiled(512, 1)),
+    # Controls of `dsjax claims fp8`: one scale a matrix, and gradients in blocks, with which the paper's model diverged
+    "fp8_tensor": _quantised(
+        Scaling(Product(_WHOLE, _WHOLE), Product(_WHOLE, _WHOLE), Product(_WHOLE, _WHOLE), kept=_WHOLE)
+    ),
+    "fp8_block_gradients": _quantised(
+        Scaling(Product(_ROW, _BLOCK), Product(_BLOCK, _BLOCK), Product(_COLUMN, _BLOCK), kept=_ROW)
+    ),
+}
+# What a dtype's name stands for where no matmul is quantised
+PLAIN = {"float32": "float32", "bfloat16": "bf16"}
 
 
 def weight_name(path) -> str:
@@ -13,15 +81,16 @@ def weight_name(path) -> str:
     return "/".join(key for key in keys if key not in ("value", "raw_value"))
 
 
-def cast_weights(model, dtype: str):
+def cast_weights(model, precision: str):
     """The model with its matrices in the compute format; master weights stay float32 where they are kept.
 
     The gradient of the cast returns to float32.
     """
-    if dtype == "float32":
-        return model
+    recipe = RECIPES[precision]
+    own = {"router": recipe.router, "head": recipe.head or recipe.dtype, "scale": "float32"}  # scale: of a norm
 
     def cast(path, w: jax.Array) -> jax.Array:
-        return w if any(part in _FLOAT32 for part in weight_name(path).split("/")) else w.astype(jnp.dtype(dtype))
+        dtype = next((own[part] for part in weight_name(path).split("/") if part in own), recipe.dtype)
+        return w.astype(jnp.dtype(dtype))
 
     return jax.tree_util.tree_map_with_path(cast, model)

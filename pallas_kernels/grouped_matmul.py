@@ -102,7 +102,7 @@ def tiles(x: Float[Array, "M K"], w: Float[Array, "E K N"], group_sizes: Int[Arr
 
     What XLA:CPU runs fast: each expert's weights are sliced once, every matmul is a dense one, nothing is gathered.
     """
-    return _rows_times_weights(x, w, group_sizes, transposed=False)
+    return rows_times_weights(x, w, group_sizes, transposed=False)
 
 
 def _tiles_forward(x, w, group_sizes):
@@ -111,7 +111,7 @@ def _tiles_forward(x, w, group_sizes):
 
 def _tiles_backward(residuals, dy):
     x, w, group_sizes = residuals
-    dx = _rows_times_weights(dy, w, group_sizes, transposed=True)
+    dx = rows_times_weights(dy, w, group_sizes, transposed=True)
     dw = _rows_times_rows(x, dy, group_sizes, w.dtype)
     return dx, dw, None
 
@@ -119,7 +119,7 @@ def _tiles_backward(residuals, dy):
 tiles.defvjp(_tiles_forward, _tiles_backward)
 
 
-def _rows_times_weights(x, w, group_sizes, transposed):
+def rows_times_weights(x, w, group_sizes, transposed):
     """y[row] = x[row] @ w[expert of row], or @ w[expert of row].T."""
     y = jnp.zeros((x.shape[0], w.shape[1 if transposed else 2]), _bits(x.dtype))
     contract = (((1,), (1 if transposed else 0,)), ((), ()))

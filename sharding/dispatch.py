@@ -33,6 +33,7 @@ class Buffers(NamedTuple):
     groups: int = 1  # of the devices along `expert`; a row crosses to each group once
     topk_groups: int | None = None  # the most groups that a token's experts lie in; None for any number
     exchange: str = "auto"  # implementation of `sharding.ragged.exchange`
+    alignment: int = 1  # every expert's pairs begin at a multiple of it, zeros between them
 
     def rows(self, even: int | float, most: int) -> int:
         """Size of a buffer to which `even` rows come with even loads, and `most` at most."""
@@ -83,7 +84,8 @@ def dispatch(
 ) -> tuple[Float[Array, "M D"], Float[Array, "M"], Plan]:
     """Each pair's row and weight, sorted by local expert, and the plan to bring results back.
 
-    A token's indices are different ones. M is set by `buffers`; places after the last pair are zeros.
+    A token's indices are different ones. M is set by `buffers`; places between experts and after the last pair are
+    zeros, and those between them count as pairs of the expert before.
     """
     (n, k), n_devices = indices.shape, lax.axis_size(_AXIS)
     inner = n_devices // buffers.groups  # devices of a group
@@ -117,12 +119,15 @@ def dispatch(
 
     here = x.shape[0]
     size = buffers.rows(n * k, here * min(k, n_local_experts)) if ways else n * k
+    if buffers.alignment > 1:
+        size = -(-size // buffers.alignment) * buffers.alignment + n_local_experts * (buffers.alignment - 1)
+        size = size // buffers.alignment * buffers.alignment
     own = choices() - me * n_local_experts == jnp.arange(n_local_experts)[:, None, None]  # [E_local, K, R]
-    place, group_sizes = _in_order(jnp.any(own, axis=1), size)
+    place, fits, group_sizes = _in_order(jnp.any(own, axis=1), size, buffers.alignment)
     places = jnp.min(jnp.where(own, place[:, None], size), axis=0)  # [K, R]
     pairs, fan = _fan(places, size)
     pair_weights = _spread(said[:, :k].T.reshape(-1), Fan(pairs, places.reshape(1, -1)))
-    left = jnp.sum(own, dtype=jnp.int32) - jnp.sum(group_sizes)
+    left = jnp.sum(own, dtype=jnp.int32) - jnp.sum(fits)
     return _spread(x, fan), pair_weights, Plan(tuple(ways), fan, group_sizes, sum([*lost, left]))
 
 
@@ -140,7 +145,7 @@ def _way(
     """How each row goes to the peers named in `to` (negative for none), once to each; and how many did not fit."""
     n_peers = len(peers[0])
     wanted = jnp.any(to == jnp.arange(n_peers)[:, None, None], axis=1)  # [P, R]
-    place, sizes = _in_order(wanted, leaving)
+    place, sizes, _ = _in_order(wanted, leaving)
     nth = jnp.where(wanted, jnp.cumsum(wanted, axis=0), 0) == 1 + jnp.arange(copies)[:, None, None]  # [copies, P, R]
     _, fan = _fan(jnp.min(jnp.where(nth, place, leaving), axis=1), leaving)
 
@@ -155,14 +160,22 @@ def _way(
     return Way(fan, out, back, arriving, peers, implementation), lost
 
 
-def _in_order(wanted: Bool[Array, "P R"], size: int) -> tuple[Int[Array, "P R"], Int[Array, "P"]]:
-    """Where the rows that each of P wants stand among all that are wanted, P after P, and how many of each P's fit.
+def _in_order(
+    wanted: Bool[Array, "P R"], size: int, alignment: int = 1
+) -> tuple[Int[Array, "P R"], Int[Array, "P"], Int[Array, "P"]]:
+    """Where the rows that each of P wants stand among all that are wanted, P after P, and how many of each P's fit,
+    without and with what fills them up to a multiple of `alignment`, which divides `size`.
 
     What is not wanted, or does not fit in `size` places, stands at `size`.
     """
     place = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32).reshape(wanted.shape) - 1
+    if alignment > 1:
+        sizes = jnp.sum(wanted, axis=1, dtype=jnp.int32)
+        filling = -sizes % alignment
+        place += (jnp.cumsum(filling) - filling)[:, None]
     fits = wanted & (place < size)
-    return jnp.where(fits, place, size), jnp.sum(fits, axis=1, dtype=jnp.int32)
+    sizes = jnp.sum(fits, axis=1, dtype=jnp.int32)
+    return jnp.where(fits, place, size), sizes, -(-sizes // alignment) * alignment
 
 
 def _fan(places: Int[Array, "m R"], size: int) -> tuple[Int[Array, "size"], Fan]:

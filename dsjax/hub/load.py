@@ -25,7 +25,7 @@ from dsjax.hub.checkpoint import HubCheckpoint
 from dsjax.hub.config import is_hub_folder
 from dsjax.hub.names import HubTensor
 from dsjax.model.transformer import DeepSeek, init_router_bias
-from dsjax.precision import cast_weights, weight_name
+from dsjax.precision import PLAIN, cast_weights, weight_name
 from dsjax.state import Batch, RouterBias
 from dsjax.train.checkpoint import Checkpoints, abstract, abstract_state
 from sharding.mesh import make_mesh
@@ -74,8 +74,8 @@ def load(
 
     Raises ConfigError (HubError) for a folder that is neither, or damaged.
     """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise ConfigError(f"dtype={show(dtype)}: expected float32 or bfloat16")
+    if dtype not in (None, *PLAIN):
+        raise ConfigError(f"dtype={show(dtype)}: expected {' or '.join(PLAIN)}")
     folder, mesh = Path(source), make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
     if not folder.is_dir():
         raise ConfigError(f"{show(str(source))}: no such folder; expected a Hub folder or a run folder")
@@ -84,7 +84,7 @@ def load(
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{show(str(source))}: no config.json; expected a Hub folder or a run folder")
     config = configuration.load(folder / "config.json")
-    config = replace(config, compute=replace(config.compute, dtype=dtype or config.compute.dtype))
+    config = replace(config, compute=replace(config.compute, precision=PLAIN.get(dtype, config.compute.precision)))
     like = abstract_state(config, mesh).replace(ema=None, model=_like(config, mesh))
     with Checkpoints(folder, read_only=True) as checkpoints:
         state = checkpoints.restore_model(step, like)
@@ -129,7 +129,7 @@ def _shards(mesh) -> list[int]:
 
 def _like(config: Config, mesh) -> DeepSeek:
     """Shapes, dtypes and shardings of the weights in the compute format."""
-    make = lambda: cast_weights(DeepSeek(config.model, rngs=nnx.Rngs(0)), config.compute.dtype)  # noqa: E731
+    make = lambda: cast_weights(DeepSeek(config.model, rngs=nnx.Rngs(0)), config.compute.precision)  # noqa: E731
     return abstract(make, mesh)
 
 
@@ -145,7 +145,7 @@ def _load_hub(folder: Path, dtype: str, mesh, progress: bool, say) -> Loaded:
         name=folder.resolve().name,
         seq_len=min(4096, hub.model.max_position_embeddings),
         model=hub.model,
-        compute=ComputeConfig(dtype=dtype),
+        compute=ComputeConfig(precision=PLAIN[dtype]),
     )
     like = {"model": _like(config, mesh), "router_bias": abstract(lambda: init_router_bias(hub.model), mesh)}
     places: dict[str, dict[tuple[int, ...], HubTensor]] = {}

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.config import ComputeConfig, Config, ConfigError
+from dsjax.config import ComputeConfig, Config, ConfigError, replace
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.hub.chat import ChatTemplate
 from dsjax.hub.load import load
 from dsjax.infer.sampling import sample
 from dsjax.model.transformer import DeepSeek, unstack
-from dsjax.precision import cast_weights
+from dsjax.precision import PLAIN, RECIPES, cast_weights
 from dsjax.state import Batch, RouterBias
 from sharding.rules import spec
 
@@ -147,7 +147,8 @@ def continue_text(
 def _continue(
     model: DeepSeek, router_bias: RouterBias, tokenizer: Tokenizer, compute: ComputeConfig, tokens: list[int], **options
 ) -> Iterator[str]:
-    model = cast_weights(model, compute.dtype)
+    compute = replace(compute, precision=PLAIN[RECIPES[compute.precision].dtype])  # nothing is quantised here
+    model = cast_weights(model, compute.precision)
     chunks = generate_tokens(model, router_bias, [tokens], eos_ids=tokenizer.eos_ids, compute=compute, **options)
     ids = (token for chunk in chunks for token in chunk[0].tolist())
     ended = itertools.takewhile(lambda token: token not in tokenizer.eos_ids, ids)

@@ -10,6 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.scaled_linear import Scaling, scaled_linears
 from sharding.rules import constrain, spec, whole
 
 IMPLEMENTATION_BY_PLATFORM = {"cpu": "blocks", "tpu": "splash", "gpu": "blocks"}
@@ -51,18 +52,19 @@ def attend_latent(
     segment_ids: Int[Array, "B T"],
     scale: float,
     implementation: str = "auto",
+    scaling: Scaling | None = None,
 ) -> Float[Array, "B T H V"]:
     """The same from latents: a head's key is the first K - R of c_kv wkv_b and k_rope, its value the rest.
 
-    What crosses `context`, forward, and backward as gradients, is the latents: C + R numbers a token.
+    scaling: how the product with wkv_b is quantised. What crosses `context`, forward, and backward as gradients, is the latents: C + R numbers a token.
     """
     nope = q.shape[-1] - k_rope.shape[-1]
 
     def local(q, c_kv, k_rope, wkv_b, *places):
         c_kv, k_rope, wkv_b = whole(c_kv, "context", 1), whole(k_rope, "context", 1), whole(wkv_b, "fsdp")
-        kv = (c_kv.reshape(-1, c_kv.shape[-1]) @ wkv_b.reshape(wkv_b.shape[0], -1)).reshape(
-            *c_kv.shape[:2], *wkv_b.shape[1:]
-        )
+        rows, matrix = c_kv.reshape(-1, c_kv.shape[-1]), wkv_b.reshape(wkv_b.shape[0], -1)
+        kv = rows @ matrix if scaling is None else scaled_linears(rows, (matrix,), scaling)[0]
+        kv = kv.reshape(*c_kv.shape[:2], *wkv_b.shape[1:])
         k_nope, v = jnp.split(kv, [nope], axis=-1)
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], k_rope.shape[-1]))
         k = jnp.concatenate([k_nope, shared], axis=-1)

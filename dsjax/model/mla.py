@@ -8,11 +8,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ModelConfig
+from dsjax.config import ComputeConfig, ModelConfig
 from dsjax.model.attention import attend, attend_latent
 from dsjax.model.rope import apply_rope, softmax_scale
 from dsjax.nn import RMSNorm, linear, param
+from dsjax.precision import RECIPES
 from dsjax.state import KVCache, LatentCache
+from pallas_kernels.scaled_linear import Scaling
 from sharding.rules import constrain, spec
 
 _LATENT_EPS = 1e-6  # whatever rms_norm_eps is: so in the released code and transformers; Moonlight's is 1e-5
@@ -26,8 +28,8 @@ class Query(nnx.Module):
         shape = (cfg.hidden_size, cfg.num_attention_heads, cfg.qk_head_dim)
         self.wq = param(rngs, shape, ("embed", "heads", None), cfg.initializer_range)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
-        return linear(x, self.wq[...], "heads")
+    def __call__(self, x: Float[Array, "B T D"], scaling: Scaling | None = None) -> Float[Array, "B T H K"]:
+        return linear(x, self.wq[...], "heads", scaling)
 
 
 class CompressedQuery(nnx.Module):
@@ -39,9 +41,9 @@ class CompressedQuery(nnx.Module):
         self.q_norm = RMSNorm(c, _LATENT_EPS, rngs=rngs)
         self.wq_b = param(rngs, (c, cfg.num_attention_heads, cfg.qk_head_dim), ("rank", "heads", None), std)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H K"]:
-        latent = checkpoint_name(linear(x, self.wq_a[...]), "attn_latent")
-        return linear(self.q_norm(latent), self.wq_b[...], "heads")
+    def __call__(self, x: Float[Array, "B T D"], scaling: Scaling | None = None) -> Float[Array, "B T H K"]:
+        latent = checkpoint_name(linear(x, self.wq_a[...], scaling=scaling), "attn_latent")
+        return linear(self.q_norm(latent), self.wq_b[...], "heads", scaling)
 
 
 class Absorbed(NamedTuple):
@@ -64,14 +66,21 @@ class MLA(nnx.Module):
         self.cfg = cfg
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"], implementation: str = "auto"
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        segment_ids: Int[Array, "B T"],
+        compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
         """Expanded form, for training and prefill: the output, and the latents that decoding will need."""
-        q = jnp.concatenate(self._queries(x, rope), axis=-1)
-        latent = self._latent(x, rope)
-        scale = softmax_scale(self.cfg)
-        y = attend_latent(q, latent.c_kv, latent.k_rope, self.wkv_b[...], segment_ids, scale, implementation)
-        return self._out(y), jax.tree.map(lambda a: constrain(a, "batch", None, None), latent)
+        recipe = RECIPES[compute.precision]
+        q = jnp.concatenate(self._queries(x, rope, recipe.attention), axis=-1)
+        latent = self._latent(x, rope, recipe.attention)
+        how = softmax_scale(self.cfg), compute.attention, recipe.attention
+        y = attend_latent(q, latent.c_kv, latent.k_rope, self.wkv_b[...], segment_ids, *how)
+        return linear(y, self.wo[...], scaling=recipe.attention_out), jax.tree.map(
+            lambda a: constrain(a, "batch", None, None), latent
+        )
 
     def absorbed(self) -> Absorbed:
         """wkv_b prepared for `decode`."""
@@ -97,19 +106,16 @@ class MLA(nnx.Module):
         scores += jnp.einsum("bthr,bsr->bhts", q_rope, cache.k_rope, preferred_element_type=jnp.float32)
         p = _masked_softmax(scores * softmax_scale(self.cfg), length)
         o_latent = jnp.einsum("bhts,bsc->bthc", p.astype(x.dtype), cache.c_kv)
-        return self._out(jnp.einsum("bthc,hcv->bthv", o_latent, w_uv)), cache
+        return linear(jnp.einsum("bthc,hcv->bthv", o_latent, w_uv), self.wo[...]), cache
 
-    def _queries(self, x, rope):
-        q_nope, q_rope = jnp.split(self.query(x), [self.cfg.qk_nope_head_dim], axis=-1)
+    def _queries(self, x, rope, scaling=None):
+        q_nope, q_rope = jnp.split(self.query(x, scaling), [self.cfg.qk_nope_head_dim], axis=-1)
         return q_nope, apply_rope(q_rope, *rope)
 
-    def _latent(self, x, rope) -> LatentCache:
-        latent = checkpoint_name(linear(x, self.wkv_a[...]), "attn_latent")
+    def _latent(self, x, rope, scaling=None) -> LatentCache:
+        latent = checkpoint_name(linear(x, self.wkv_a[...], scaling=scaling), "attn_latent")
         c_kv, k_rope = jnp.split(latent, [self.cfg.kv_lora_rank], axis=-1)
         return LatentCache(self.kv_norm(c_kv), apply_rope(k_rope, *rope))
-
-    def _out(self, y):
-        return linear(y, self.wo[...])
 
 
 class MHA(nnx.Module):
@@ -124,12 +130,19 @@ class MHA(nnx.Module):
         self.cfg = cfg
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: Rope, segment_ids: Int[Array, "B T"], implementation: str = "auto"
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        segment_ids: Int[Array, "B T"],
+        compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """The output, and the keys and values that decoding will need."""
-        q, k, v = self._project(x, rope)
-        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg), implementation)
-        return self._out(y), KVCache(*(constrain(a, "batch", None, "heads", None) for a in (k, v)))
+        recipe = RECIPES[compute.precision]
+        q, k, v = self._project(x, rope, recipe.attention)
+        y = attend(q, k, v, segment_ids, softmax_scale(self.cfg), compute.attention)
+        return linear(y, self.wo[...], scaling=recipe.attention_out), KVCache(
+            *(constrain(a, "batch", None, "heads", None) for a in (k, v))
+        )
 
     def absorbed(self) -> None:
         """Nothing: `decode` reads the weights as they are."""
@@ -142,14 +155,11 @@ class MHA(nnx.Module):
         cache = KVCache(_write(cache.k, k, length), _write(cache.v, v, length))
         scores = jnp.einsum("bthk,bshk->bhts", q, cache.k, preferred_element_type=jnp.float32)
         p = _masked_softmax(scores * softmax_scale(self.cfg), length)
-        return self._out(jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), cache.v)), cache
+        return linear(jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), cache.v), self.wo[...]), cache
 
-    def _project(self, x, rope):
-        q, k, v = (linear(x, w[...], "heads") for w in (self.wq, self.wk, self.wv))
+    def _project(self, x, rope, scaling=None):
+        q, k, v = (linear(x, w[...], "heads", scaling) for w in (self.wq, self.wk, self.wv))
         return apply_rope(q, *rope), apply_rope(k, *rope), v
-
-    def _out(self, y):
-        return linear(y, self.wo[...])
 
 
 def _write(

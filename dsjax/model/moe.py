@@ -11,9 +11,11 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import ComputeConfig, ModelConfig, replace
 from dsjax.model.router import Router
 from dsjax.nn import SwiGLU, param
+from dsjax.precision import RECIPES
 from dsjax.state import Routing
 from pallas_kernels.grouped_matmul import choose, grouped_swiglu, slice_float32
 from pallas_kernels.row_matmul import row_matmul
+from pallas_kernels.scaled_linear import Scaling, scaled_swiglu
 from sharding.dispatch import Buffers, combine, dispatch
 from sharding.rules import TOKEN_AXES, constrain, spec, whole
 
@@ -38,7 +40,10 @@ class RoutedExperts(nnx.Module):
         up, down = spec("experts", "width", "ff"), spec("experts", "ff", "width")
         return jax.shard_map(
             functools.partial(
-                _experts_of_device, buffers=self._buffers(compute), implementation=compute.grouped_matmul
+                _experts_of_device,
+                buffers=self._buffers(compute),
+                implementation=compute.grouped_matmul,
+                scaling=RECIPES[compute.precision].experts,
             ),
             in_specs=(tokens, tokens, tokens, up, up, down),
             out_specs=(tokens, P()),
@@ -67,8 +72,9 @@ class RoutedExperts(nnx.Module):
         n_group, groups = self.cfg.n_group, compute.expert_groups
         # Where a group of devices holds whole groups of experts, a token's choices lie in topk_group of them.
         limit = self.cfg.topk_group if n_group % groups == 0 else None
-        cheap = CHEAP_BYTES // (self.cfg.hidden_size * jnp.dtype(compute.dtype).itemsize)
-        return Buffers(compute.expert_buffer, cheap, groups, limit, compute.exchange)
+        recipe = RECIPES[compute.precision]
+        cheap = CHEAP_BYTES // (self.cfg.hidden_size * jnp.dtype(recipe.dtype).itemsize)
+        return Buffers(compute.expert_buffer, cheap, groups, limit, compute.exchange, recipe.alignment())
 
 
 def _one_token(
@@ -100,13 +106,17 @@ def _experts_of_device(
     *,
     buffers: Buffers,
     implementation: str,
+    scaling: Scaling | None,
 ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
     """One device's part: its tokens out to the experts' owners, its experts' work, its tokens back."""
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, indices, weights))
     rows, row_weights, plan = dispatch(*flat, n_local_experts=w_gate.shape[0], buffers=buffers)
     # The FSDP all-gather, in here: its gradient is a reduce-scatter, where that of a reshard before is an all-reduce.
     weights = [whole(w, "fsdp", i) for w, i in ((w_gate, 1), (w_up, 1), (w_down, 2))]
-    y = grouped_swiglu(rows, row_weights, *weights, plan.group_sizes, implementation=implementation)
+    if scaling is None:
+        y = grouped_swiglu(rows, row_weights, *weights, plan.group_sizes, implementation=implementation)
+    else:
+        y = scaled_swiglu(rows, row_weights, *weights, scaling, plan.group_sizes)
     return combine(y, plan).reshape(x.shape), lax.psum(plan.overflow, TOKEN_AXES)
 
 
@@ -125,9 +135,10 @@ class MoE(nnx.Module):
         self, x: Float[Array, "B T D"], bias: Float[Array, "E"], compute: ComputeConfig = ComputeConfig()
     ) -> tuple[Float[Array, "B T D"], Routing, Int[Array, ""]]:
         """The layer's output, where its tokens went, and how many rows and pairs did not fit the experts' buffers."""
-        routing = self.router(x, bias)
+        recipe = RECIPES[compute.precision]
+        routing = self.router(x, bias, dtype=recipe.router)
         y, overflow = self.experts(x, routing, compute)
-        return self._with_shared(x, y), routing, overflow
+        return self._with_shared(x, y, recipe.shared), routing, overflow
 
     def decode(
         self, x: Float[Array, "B T D"], bias: Float[Array, "E"], compute: ComputeConfig = ComputeConfig()
@@ -135,5 +146,5 @@ class MoE(nnx.Module):
         """The output for new tokens of a decoding step."""
         return self._with_shared(x, self.experts.decode(x, self.router(x, bias), compute))
 
-    def _with_shared(self, x, y):
-        return y + self.shared(x) if self.n_shared_experts else y
+    def _with_shared(self, x, y, scaling=None):
+        return y + self.shared(x, scaling) if self.n_shared_experts else y

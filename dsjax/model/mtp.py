@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import ModelConfig
 from dsjax.nn import RMSNorm, linear, param
 from dsjax.state import Batch
+from pallas_kernels.scaled_linear import Scaling
 from sharding.rules import constrain
 
 
@@ -23,9 +24,11 @@ class MTPInput(nnx.Module):
         self.eh_proj = param(rngs, (2 * d, d), (None, "embed"), cfg.initializer_range)
         self.out_norm = RMSNorm(d, cfg.rms_norm_eps, rngs=rngs)  # the released shared_head.norm
 
-    def __call__(self, embedding: Float[Array, "B T D"], hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, embedding: Float[Array, "B T D"], hidden: Float[Array, "B T D"], scaling: Scaling | None = None
+    ) -> Float[Array, "B T D"]:
         both = jnp.concatenate([self.enorm(embedding), self.hnorm(hidden)], axis=-1)
-        return linear(both, self.eh_proj[...])
+        return linear(both, self.eh_proj[...], scaling=scaling)
 
 
 def shift_left(x: Int[Array, "B T"], n: int) -> Int[Array, "B T"]:

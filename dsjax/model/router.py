@@ -12,17 +12,25 @@ from dsjax.state import Routing
 
 
 class Router(nnx.Module):
-    """Scores and choice of experts, in float32 throughout."""
+    """Scores and choice of experts, in float32."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.weight = param(rngs, (cfg.hidden_size, cfg.n_routed_experts), ("embed", None), cfg.initializer_range)
         self.cfg = cfg
 
     def __call__(
-        self, x: Float[Array, "B T D"], bias: Float[Array, "E"], indices: Int[Array, "B T K"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        bias: Float[Array, "E"],
+        indices: Int[Array, "B T K"] | None = None,
+        dtype: str = "float32",
     ) -> Routing:
-        """Routing of every token; with `indices` given, those are replayed and only their weights are computed."""
-        logits = jnp.einsum("btd,de->bte", x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
+        """Routing of every token; with `indices` given, those are replayed and only their weights are computed.
+
+        dtype: of the product's operands; all else is float32.
+        """
+        operands = x.astype(dtype), self.weight[...].astype(dtype)
+        logits = jnp.einsum("btd,de->bte", *operands, preferred_element_type=jnp.float32)
         scores = jax.nn.sigmoid(logits) if self.cfg.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
         if indices is None:
             indices = checkpoint_name(choose_experts(jax.lax.stop_gradient(scores), bias, self.cfg), "routing")

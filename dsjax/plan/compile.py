@@ -250,7 +250,7 @@ def saved_bytes(config: Config, state, batch, knobs) -> int:
         counts = count(whole, config.model.num_nextn_predict_layers)
 
         def loss(model):
-            cast = cast_weights(model, config.compute.dtype)
+            cast = cast_weights(model, config.compute.precision)
             return total_loss(cast, batch, router_bias, counts, mtp_weight, config)[0]
 
         return jax.vjp(loss, model)[1]

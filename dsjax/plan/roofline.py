@@ -55,7 +55,7 @@ class Times:
 def estimate(config: Config, sizes: dict[str, int]) -> Estimate:
     """Arithmetic of a step on a mesh of these sizes."""
     m, c = config.model, config.compute
-    width = 2 if c.dtype == "bfloat16" else 4
+    width = 4 if c.precision == "float32" else 2
     tokens = config.batch_size * config.seq_len / math.prod(sizes.values()) * sizes["tensor"]  # a device, a step
     micro = tokens / config.accumulate
     weights, experts = _device_weights(m, sizes)

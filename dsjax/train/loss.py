@@ -97,7 +97,7 @@ def _chunked_fwd(h, w_shard, targets, valid):
         h, targets, valid = chunk
         n, dlogits = _nats(w, h, targets, valid)
         dlogits = dlogits.astype(h.dtype)
-        dh = jnp.einsum("nv,dv->nd", dlogits, w)
+        dh = jnp.einsum("nv,dv->nd", dlogits, w).astype(h.dtype)
         dw += jnp.einsum("nd,nv->dv", h, dlogits, preferred_element_type=jnp.float32)
         return (nats + n, dw), dh
 

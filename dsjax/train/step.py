@@ -100,7 +100,7 @@ def _gradients(state: TrainState, batch: Batch, knobs: dict[str, jax.Array], con
     counts = count(batch, config.model.num_nextn_predict_layers)
 
     def loss(model, micro):
-        model = cast_weights(model, config.compute.dtype)
+        model = cast_weights(model, config.compute.precision)
         return total_loss(model, micro, state.router_bias, counts, knobs["mtp_weight"], config)
 
     def gradients(micro: Batch) -> tuple[DeepSeek, LossParts]:
@@ -139,7 +139,7 @@ def jit_train_step(config: Config):
 def heldout_nats(model: DeepSeek, batch: Batch, router_bias: RouterBias, config: Config) -> jax.Array:
     """[3] float32: sum of next-token losses of a batch [B, T] in nats, the number of tokens predicted, and of rows that
     did not fit the experts' buffers."""
-    model = cast_weights(model, config.compute.dtype)
+    model = cast_weights(model, config.compute.precision)
     out = model(batch, router_bias, config.compute)
     targets, valid = next_targets(batch, 1)
     nats = cross_entropy(out.hidden, model.head[...], targets, valid)

@@ -223,7 +223,7 @@ def test_every_option_at_once_resumes_too(texts, tmp_path, monkeypatch):
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=2, schedule="v3", ema_decay=0.5),
         model=replace(runs.micro(texts).model, num_nextn_predict_layers=0),
         data=replace(runs.micro(texts).data, fim_rate=0.5, packing="best_fit", document_mask=False),
-        compute=replace(runs.micro(texts).compute, dtype="bfloat16"),
+        compute=replace(runs.micro(texts).compute, precision="bf16"),
     )
     loop.train(config, tmp_path / "a", quiet=True)
     with monkeypatch.context() as patch:

@@ -62,7 +62,7 @@ def test_large_logits_do_not_overflow():
 
 def loss(model, bias, batch, config):
     counts = count(jax.tree.map(lambda a: a[None], batch), config.model.num_nextn_predict_layers)
-    model = cast_weights(model, config.compute.dtype)
+    model = cast_weights(model, config.compute.precision)
     return total_loss(model, batch, bias, counts, jnp.float32(MTP_WEIGHT), config)
 
 
@@ -142,7 +142,7 @@ def test_bfloat16_is_near_float32():
     every = replace(TRUNK.model, num_experts_per_tok=TRUNK.model.n_routed_experts, topk_group=TRUNK.model.n_group)
     exact = replace(TRUNK, model=every)  # every expert is chosen: rounding changes no choice
     (wanted, _), wanted_gradients = result(exact)
-    (got, _), gradients = result(replace(exact, compute=replace(exact.compute, dtype="bfloat16")))
+    (got, _), gradients = result(replace(exact, compute=replace(exact.compute, precision="bf16")))
     assert float(got) == pytest.approx(float(wanted), rel=0.01)
     assert got.dtype == jnp.float32
     wanted_gradients = models.named_leaves(wanted_gradients)

@@ -1,0 +1,109 @@
+"""Matrices in FP8: E4M3 values, and a float32 scale for every tile of them (arXiv:2412.19437, section 3.3; reference
+section 5.2).
+
+`quantise` is the public function and chooses by platform, `reference` its definition.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+E4M3 = jnp.float8_e4m3fn
+LARGEST = 448.0  # of E4M3
+# A tile whose largest value is less than this is scaled as if it were this, so that no scale is zero or subnormal. Not
+# the 1e-4 of the released kernels: gradients of a loss that is a mean over a batch are smaller than that.
+SMALLEST = 2.0**-100
+
+
+class Tile(NamedTuple):
+    """The values of a matrix that share a scale: `rows` x `columns` of them, None for all; smaller ones at the edges.
+
+    ue8m0: the scale is a power of two, the next one up.
+    """
+
+    rows: int | None
+    columns: int | None
+    ue8m0: bool = False
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["tile"])
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix, or a stack of them, in E4M3: value times scale is what they stand for."""
+
+    values: jax.Array  # [*B, R, C] float8_e4m3fn
+    scales: jax.Array  # [*B, ceil(R / tile.rows), ceil(C / tile.columns)] float32
+    tile: Tile
+
+
+def quantise(x: Float[Array, "*B R C"], tile: Tile, *, implementation: str = "auto") -> Quantised:
+    """x in E4M3, each tile divided by its own scale: that of its largest absolute value over 448, so that it becomes 448.
+
+    NaN and infinities become NaN, and count for no scale; zeros stay zeros. implementation: "auto" (by platform) or
+    "reference"; any other name raises ValueError.
+    """
+    if implementation == "auto":
+        implementation = IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
+    return IMPLEMENTATIONS[implementation](x, tile)
+
+
+def dequantise(x: Quantised, dtype=jnp.float32) -> Float[Array, "*B R C"]:
+    """The values that x stands for: their product with the scales in float32, rounded to dtype."""
+    *_, r, c = x.values.shape
+    by_tile = _tiles(x.values.astype(jnp.float32), x.tile) * x.scales[..., :, None, :, None]
+    return _untiled(by_tile, r, c).astype(dtype)
+
+
+def reference(x: Float[Array, "*B R C"], tile: Tile) -> Quantised:
+    """The definition, which XLA makes one pass over x of."""
+    *_, r, c = x.shape
+    by_tile = _tiles(x.astype(jnp.float32), tile)
+    size = jnp.abs(by_tile)
+    largest = jnp.max(jnp.where(size < jnp.inf, size, 0), axis=(-3, -1), keepdims=True)
+    scales = scale_of(largest, tile.ue8m0)
+    values = _untiled((by_tile / scales).astype(E4M3), r, c)
+    return Quantised(values, scales[..., 0, :, 0], tile)
+
+
+def scale_of(largest: Float[Array, "*B"], ue8m0: bool) -> Float[Array, "*B"]:
+    """The scale of tiles whose largest absolute values are given."""
+    scale = jnp.maximum(largest, SMALLEST) / LARGEST
+    if not ue8m0:
+        return scale
+    bits = lax.bitcast_convert_type(scale, jnp.uint32)
+    return lax.bitcast_convert_type((bits + 0x7FFFFF) & jnp.uint32(0x7F800000), jnp.float32)  # the next exponent up
+
+
+def length(size: int | None, n: int) -> int:
+    """Of the tiles along an axis of n values, where `size` of them are to share a scale."""
+    return n if size is None else max(1, min(size, n))
+
+
+def spread(scales: Float[Array, "*B s"], size: int | None, n: int) -> Float[Array, "*B n"]:
+    """Scales of tiles of `size` along the last axis, at each of n places."""
+    return scales if size == 1 else jnp.repeat(scales, length(size, n), axis=-1)[..., :n]
+
+
+def _tiles(x, tile: Tile):
+    """[*B, R, C] as [*B, tiles, rows, tiles, columns], zeros added at the edges."""
+    *batch, r, c = x.shape
+    rows, columns = length(tile.rows, r), length(tile.columns, c)
+    x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, -r % rows), (0, -c % columns)])
+    return x.reshape(*batch, -1, rows, x.shape[-1] // columns, columns)
+
+
+def _untiled(x, r: int, c: int):
+    *batch, a, rows, b, columns = x.shape
+    return x.reshape(*batch, a * rows, b * columns)[..., :r, :c]
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference}
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "reference", "tpu": "reference", "gpu": "reference"}

@@ -1,0 +1,147 @@
+"""Linear layers and SwiGLU in FP8: quantised on the way in, with gradients from quantised operands, and with what the
+backward pass needs kept in FP8 (arXiv:2412.19437, section 3.3; reference sections 5.1 and 5.2).
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.quantise import Quantised, Tile, dequantise, quantise
+from pallas_kernels.scaled_matmul import scaled_gradient, scaled_matmul
+
+
+class Product(NamedTuple):
+    """The tiles of a product's operands, as the arrays lie in memory; of equal length along what is summed over."""
+
+    left: Tile
+    right: Tile
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How y = x w, with x [M, K] and w [K, N], and its gradients are quantised."""
+
+    forward: Product  # x, w
+    input_gradient: Product  # dy, w
+    weight_gradient: Product  # x, dy
+    kept: Tile | None  # x for the backward pass, and what goes into SwiGLU; None: x as it came
+
+
+def scaled_linears(
+    x: Float[Array, "M K"],
+    ws: tuple[Float[Array, "*E K _N"], ...],
+    scaling: Scaling,
+    group_sizes: Int[Array, "E"] | None = None,
+) -> tuple[Float[Array, "M _N"], ...]:
+    """x times each of ws, in the dtype of x; with group_sizes, as in `grouped_matmul`, by groups of rows.
+
+    Differentiable once, in x and ws. The weight gradient's operands are quantised anew, x from what was kept of it.
+    """
+    return _linears(_in_groups(x, group_sizes), ws, group_sizes, scaling)
+
+
+def scaled_swiglu(
+    x: Float[Array, "M D"],
+    row_weights: Float[Array, "M"] | None,
+    w_gate: Float[Array, "*E D F"],
+    w_up: Float[Array, "*E D F"],
+    w_down: Float[Array, "*E F D"],
+    gate_up: Scaling,
+    group_sizes: Int[Array, "E"] | None = None,
+    down: Scaling | None = None,
+) -> Float[Array, "M D"]:
+    """(silu(x w_gate) * x w_up * row_weights) w_down. What goes into SwiGLU is kept in FP8, what leaves it not at all.
+
+    For jax.checkpoint what is kept of the products with w_gate and w_up is named "mlp_gate" and "mlp_up".
+    """
+    gate, up = scaled_linears(x, (w_gate, w_up), gate_up, group_sizes)
+    return _down(gate, up, row_weights, w_down, group_sizes, down or gate_up)
+
+
+def _in_groups(x, group_sizes):
+    """x with zeros for rows in no group, whose values are to count for no scale."""
+    if group_sizes is None:
+        return x
+    return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None], x, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linears(x, ws, group_sizes, scaling):
+    return _products(quantise(x, scaling.forward.left), x.dtype, ws, group_sizes, scaling)
+
+
+def _linears_forward(x, ws, group_sizes, scaling):
+    quantised = quantise(x, scaling.forward.left)
+    return _products(quantised, x.dtype, ws, group_sizes, scaling), (_kept(x, scaling, quantised), ws, group_sizes)
+
+
+def _linears_backward(scaling, residuals, dys):
+    x, ws, group_sizes = residuals
+    return *_gradients(_restored(x), ws, dys, group_sizes, scaling), None
+
+
+_linears.defvjp(_linears_forward, _linears_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _down(gate, up, row_weights, w, group_sizes, scaling):
+    h = _swiglu(gate, up, row_weights)
+    return _products(quantise(h, scaling.forward.left), h.dtype, (w,), group_sizes, scaling)[0]
+
+
+def _down_forward(gate, up, row_weights, w, group_sizes, scaling):
+    names = "mlp_gate", "mlp_up"
+    kept = [
+        jax.tree.map(lambda leaf, name=name: checkpoint_name(leaf, name), _kept(a, scaling))
+        for a, name in zip((gate, up), names)
+    ]
+    return _down(gate, up, row_weights, w, group_sizes, scaling), (*kept, row_weights, w, group_sizes)
+
+
+def _down_backward(scaling, residuals, dy):
+    gate, up, row_weights, w, group_sizes = residuals
+    h, pull = jax.vjp(_swiglu, _restored(gate), _restored(up), row_weights)
+    dh, (dw,) = _gradients(h, (w,), (dy,), group_sizes, scaling)
+    dgate, dup, dweights = pull(dh.astype(h.dtype))
+    return dgate.astype(dy.dtype), dup.astype(dy.dtype), dweights, dw, None
+
+
+_down.defvjp(_down_forward, _down_backward)
+
+
+def _swiglu(gate, up, row_weights):
+    h = jax.nn.silu(gate.astype(jnp.float32)) * up
+    return (h if row_weights is None else h * row_weights[:, None]).astype(gate.dtype)
+
+
+def _products(x: Quantised, dtype, ws, group_sizes, scaling: Scaling):
+    return tuple(scaled_matmul(x, quantise(w, scaling.forward.right), group_sizes, dtype=dtype) for w in ws)
+
+
+def _gradients(x, ws, dys, group_sizes, scaling: Scaling):
+    """Gradients of x and of ws, from x and those of the products."""
+    dys = [_in_groups(dy, group_sizes) for dy in dys]
+    of_dy, of_w = scaling.input_gradient
+    dx = sum(
+        scaled_matmul(quantise(dy, of_dy), quantise(w, of_w), group_sizes, transposed=True, dtype=dy.dtype)
+        for dy, w in zip(dys, ws)
+    )
+    of_x, of_dy = scaling.weight_gradient
+    rows = quantise(x, of_x)
+    dws = (scaled_gradient(rows, quantise(dy, of_dy), group_sizes, dtype=w.dtype) for dy, w in zip(dys, ws))
+    return dx, tuple(dws)
+
+
+def _kept(x, scaling: Scaling, quantised: Quantised | None = None):
+    if scaling.kept is None:
+        return x
+    return quantised if quantised and quantised.tile == scaling.kept else quantise(x, scaling.kept)
+
+
+def _restored(kept):
+    return dequantise(kept) if isinstance(kept, Quantised) else kept

@@ -1,0 +1,154 @@
+"""Products of FP8 matrices: E4M3 operands, each block of what is summed over scaled and added up in float32
+(arXiv:2412.19437, section 3.3.2; reference section 5.2).
+
+`scaled_matmul` is rows times weights, `scaled_gradient` rows times rows, the gradient of weights; both dense, or grouped
+as in grouped_matmul.py. "emulated" is their definition, in the order of operations of the kernels.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import grouped_matmul as unscaled
+from pallas_kernels.grouped_matmul_tpu import walk
+from pallas_kernels.quantise import Quantised, dequantise, length, spread
+
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "emulated", "tpu": "dequantised", "gpu": "dequantised"}
+
+
+def scaled_matmul(
+    x: Quantised,
+    w: Quantised,
+    group_sizes: Int[Array, "E"] | None = None,
+    *,
+    transposed: bool = False,
+    dtype=jnp.bfloat16,
+    implementation: str = "auto",
+) -> Float[Array, "M N"]:
+    """x [M, K] times w [K, N], or times w [N, K] transposed; with group_sizes, w [E, ...] by groups of rows.
+
+    Groups and rows in none of them are as in `grouped_matmul`. The tiles of x and w must be equally long along K: of
+    each such block the product is scaled by row and by column and added to the sum, in float32; the sum is rounded to
+    dtype. implementation: "auto" (by platform), "emulated", or "dequantised" (operands times their scales rounded to
+    bfloat16, for chips without FP8); any other name raises ValueError, and so do tiles that do not fit.
+    """
+    along_x, along_w = x.tile.columns, w.tile.columns if transposed else w.tile.rows
+    if along_x != along_w:
+        raise ValueError(f"scaled matmul: tiles of {along_x} and {along_w} values along K; expected as many")
+    return IMPLEMENTATIONS[choose(implementation)][0](x, w, group_sizes, transposed).astype(dtype)
+
+
+def scaled_gradient(
+    x: Quantised,
+    dy: Quantised,
+    group_sizes: Int[Array, "E"] | None = None,
+    *,
+    dtype=jnp.float32,
+    implementation: str = "auto",
+) -> Float[Array, "*E K N"]:
+    """x [M, K] transposed times dy [M, N]; with group_sizes, of each group's rows by themselves, [E, K, N].
+
+    The tiles must be equally long along M, and lie on the rows as they come, wherever groups begin; otherwise as
+    `scaled_matmul`.
+    """
+    if x.tile.rows != dy.tile.rows:
+        raise ValueError(f"scaled gradient: tiles of {x.tile.rows} and {dy.tile.rows} rows; expected as many")
+    return IMPLEMENTATIONS[choose(implementation)][1](x, dy, group_sizes).astype(dtype)
+
+
+def choose(implementation: str) -> str:
+    """The implementation that a name stands for. Raises ValueError for an unknown one."""
+    if implementation == "auto":
+        return IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
+    return implementation
+
+
+def _emulated_matmul(x: Quantised, w: Quantised, group_sizes, transposed: bool):
+    m, size = x.values.shape[0], length(x.tile.columns, x.values.shape[1])
+    values, scales = w.values, w.scales
+    if transposed and group_sizes is None:
+        values, scales = values.T, scales.T
+    over = -1 if transposed and group_sizes is not None else -2  # the axis of w that is summed over
+    n = values.shape[-3 - over]  # the other one
+    columns = w.tile.rows if transposed else w.tile.columns
+    x_scales = spread(x.scales.T, x.tile.rows, m)  # [blocks, M]
+    w_scales = spread(jnp.moveaxis(scales, over, 0), columns, n)  # [blocks, *E, N]
+    if group_sizes is not None:
+        group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(m), side="right")
+        own = jnp.minimum(group, group_sizes.shape[0] - 1)  # a row in no group is zeros whatever its scale
+
+    def add(total, block):
+        x_block, w_block, by_row, by_column = block
+        x_block, w_block = x_block.astype(jnp.float32), w_block.astype(jnp.float32)
+        if group_sizes is None:
+            return total + x_block @ w_block * (by_row[:, None] * by_column), None
+        y = unscaled.rows_times_weights(x_block, w_block, group_sizes, transposed)
+        return total + y * (by_row[:, None] * by_column[own]), None
+
+    blocks = _blocks(x.values, 1, size), _blocks(values, over, size), x_scales, w_scales
+    return lax.scan(add, jnp.zeros((m, n), jnp.float32), blocks)[0]
+
+
+def _emulated_gradient(x: Quantised, dy: Quantised, group_sizes):
+    (m, k), n = x.values.shape, dy.values.shape[1]
+    size = length(x.tile.rows, m)
+    blocks = (
+        _blocks(x.values, 0, size),
+        _blocks(dy.values, 0, size),
+        spread(x.scales, x.tile.columns, k),
+        spread(dy.scales, dy.tile.columns, n),
+    )
+
+    def product(block, own=None):
+        x_block, dy_block, x_scale, dy_scale = block
+        both = (x_block.astype(jnp.float32), dy_block.astype(jnp.float32))
+        x_block, dy_block = both if own is None else (jnp.where(own, a, 0) for a in both)
+        return x_block.T @ dy_block * (x_scale[:, None] * dy_scale)
+
+    if group_sizes is None:
+        return lax.scan(lambda dw, block: (dw + product(block), None), jnp.zeros((k, n), jnp.float32), blocks)[0]
+    steps = walk(group_sizes.astype(jnp.int32), m, size, empty=True)
+
+    def add(i, dw):
+        group, tile = steps.group[i], steps.tile[i]
+        row = tile * size + jnp.arange(size)[:, None]
+        own = (row >= steps.starts[group]) & (row < steps.starts[group + 1])
+        return dw.at[group].add(product([a[tile] for a in blocks], own))
+
+    return lax.fori_loop(0, steps.n_steps, add, jnp.zeros((group_sizes.shape[0], k, n), jnp.float32))
+
+
+def _blocks(x, axis: int, size: int):
+    """x cut along an axis into blocks of `size`, stacked in front; zeros complete the last."""
+    axis %= x.ndim
+    x = jnp.pad(x, [(0, -n % size if i == axis else 0) for i, n in enumerate(x.shape)])
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+
+def _dequantised_matmul(x: Quantised, w: Quantised, group_sizes, transposed: bool):
+    x, w = (dequantise(a, jnp.bfloat16) for a in (x, w))
+    if group_sizes is not None and transposed:
+        y = jnp.zeros((x.shape[0], w.shape[1]), x.dtype)
+        return jax.vjp(lambda y: unscaled.grouped_matmul(y, w, group_sizes), y)[1](x)[0]
+    if group_sizes is not None:
+        return unscaled.grouped_matmul(x, w, group_sizes)
+    return lax.dot_general(x, w, (((1,), (1 if transposed else 0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _dequantised_gradient(x: Quantised, dy: Quantised, group_sizes):
+    x, dy = (dequantise(a, jnp.bfloat16) for a in (x, dy))
+    if group_sizes is None:
+        return jnp.einsum("mk,mn->kn", x, dy, preferred_element_type=jnp.float32)
+    weights = jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.bfloat16)
+    return jax.vjp(lambda w: unscaled.grouped_matmul(x, w, group_sizes), weights)[1](dy)[0]
+
+
+IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {
+    "emulated": (_emulated_matmul, _emulated_gradient),
+    "dequantised": (_dequantised_matmul, _dequantised_gradient),
+}
