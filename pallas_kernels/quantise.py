@@ -1,5 +1,6 @@
-"""Matrices in FP8: E4M3 values, and a float32 scale for every tile of them (arXiv:2412.19437, section 3.3; reference
-section 5.2).
+"""Matrices in FP8: E4M3 values, and a float32 scale for every tile of them.
+
+arXiv:2412.19437, section 3.3; reference section 5.2.
 
 `quantise` is the public function and chooses by platform, `reference` its definition.
 """
@@ -7,15 +8,17 @@ section 5.2).
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of E4M3
+INVERSE = float(np.float32(1 / LARGEST))
 # A tile whose largest value is less than this is scaled as if it were this, so that no scale is zero or subnormal. Not
 # the 1e-4 of the released kernels: gradients of a loss that is a mean over a batch are smaller than that.
 SMALLEST = 2.0**-100
@@ -37,15 +40,16 @@ class Tile(NamedTuple):
 class Quantised:
     """A matrix, or a stack of them, in E4M3: value times scale is what they stand for."""
 
-    values: jax.Array  # [*B, R, C] float8_e4m3fn
-    scales: jax.Array  # [*B, ceil(R / tile.rows), ceil(C / tile.columns)] float32
+    values: Any  # [*B, R, C] float8_e4m3fn
+    scales: Any  # [*B, ceil(R / tile.rows), ceil(C / tile.columns)] float32
     tile: Tile
 
 
 def quantise(x: Float[Array, "*B R C"], tile: Tile, *, implementation: str = "auto") -> Quantised:
-    """x in E4M3, each tile divided by its own scale: that of its largest absolute value over 448, so that it becomes 448.
+    """x in E4M3, each tile over its own scale: its largest absolute value over 448, so that this becomes 448.
 
-    NaN and infinities become NaN, and count for no scale; zeros stay zeros. implementation: "auto" (by platform) or
+    In float32: the scale is the largest value times 1/448, and values are multiplied by one over the scale. NaN and
+    infinities become NaN, and count for no scale; zeros stay zeros. implementation: "auto" (by platform) or
     "reference"; any other name raises ValueError.
     """
     if implementation == "auto":
@@ -69,13 +73,14 @@ def reference(x: Float[Array, "*B R C"], tile: Tile) -> Quantised:
     size = jnp.abs(by_tile)
     largest = jnp.max(jnp.where(size < jnp.inf, size, 0), axis=(-3, -1), keepdims=True)
     scales = scale_of(largest, tile.ue8m0)
-    values = _untiled((by_tile / scales).astype(E4M3), r, c)
+    values = _untiled((by_tile * (1 / scales)).astype(E4M3), r, c)
     return Quantised(values, scales[..., 0, :, 0], tile)
 
 
 def scale_of(largest: Float[Array, "*B"], ue8m0: bool) -> Float[Array, "*B"]:
     """The scale of tiles whose largest absolute values are given."""
-    scale = jnp.maximum(largest, SMALLEST) / LARGEST
+    # Not a division: XLA makes one by a constant a product with its inverse on some platforms.
+    scale = jnp.maximum(largest, SMALLEST) * INVERSE
     if not ue8m0:
         return scale
     bits = lax.bitcast_convert_type(scale, jnp.uint32)

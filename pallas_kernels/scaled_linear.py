@@ -1,5 +1,5 @@
-"""Linear layers and SwiGLU in FP8: quantised on the way in, with gradients from quantised operands, and with what the
-backward pass needs kept in FP8 (arXiv:2412.19437, section 3.3; reference sections 5.1 and 5.2).
+"""Linear layers and SwiGLU in FP8: operands are quantised on the way in, in gradients too, and what the backward pass
+needs is kept in FP8 (arXiv:2412.19437, section 3.3; reference sections 5.1 and 5.2).
 """
 
 import functools

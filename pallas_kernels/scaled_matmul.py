@@ -1,8 +1,9 @@
-"""Products of FP8 matrices: E4M3 operands, each block of what is summed over scaled and added up in float32
-(arXiv:2412.19437, section 3.3.2; reference section 5.2).
+"""Products of FP8 matrices: each block of what is summed over is scaled, and added up in float32.
 
-`scaled_matmul` is rows times weights, `scaled_gradient` rows times rows, the gradient of weights; both dense, or grouped
-as in grouped_matmul.py. "emulated" is their definition, in the order of operations of the kernels.
+arXiv:2412.19437, section 3.3.2; reference section 5.2.
+
+`scaled_matmul` is rows times weights, `scaled_gradient` rows times rows, the gradient of weights; both dense, or by
+groups as in grouped_matmul.py. "emulated" is their definition, in the order of operations of the kernels.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,6 @@
-"""The claim that training in FP8 loses nothing: the same model, in bf16 and in FP8, from the same seeds on the same text
-(arXiv:2412.19437, appendix B.1: a relative loss difference below 0.25%).
+"""The claim that training in FP8 loses nothing: a model in bf16 and in FP8, from the same seeds on the same text.
+
+arXiv:2412.19437, appendix B.1: a relative loss difference below 0.25%.
 
 Every training is a run folder of its own, so that a claim that was stopped goes on where it was.
 """

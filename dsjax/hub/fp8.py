@@ -33,7 +33,7 @@ def quantise(weights: np.ndarray, ue8m0: bool = False) -> tuple[np.ndarray, np.n
     With ue8m0 the scale is the next power of two. A block of zeros has the scale 1.
     """
     largest = _block_max(np.abs(weights))
-    scale = np.where(largest > 0, largest / np.float32(LARGEST), np.float32(1)).astype(np.float32)
+    scale = np.where(largest > 0, largest * np.float32(1 / LARGEST), np.float32(1)).astype(np.float32)
     if ue8m0:
         scale = np.exp2(np.ceil(np.log2(scale))).astype(np.float32)
     return _round(weights, scale), scale
@@ -56,8 +56,8 @@ def requantise(weights: np.ndarray, kept: np.ndarray, ue8m0: bool = False) -> tu
 
 def _round(weights: np.ndarray, scale: np.ndarray) -> np.ndarray:
     by = _spread(scale, weights.shape)
-    scaled = np.divide(weights, by, out=np.zeros_like(weights, np.float32), where=by != 0)
-    return np.clip(scaled, -LARGEST, LARGEST).astype(E4M3)
+    inverse = np.divide(np.float32(1), by, out=np.zeros_like(by), where=by != 0)
+    return np.clip(weights * inverse, -LARGEST, LARGEST).astype(E4M3)
 
 
 def _spread(scale: np.ndarray, shape: tuple[int, ...], at: tuple[int, int] = (0, 0)) -> np.ndarray:

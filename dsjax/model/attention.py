@@ -56,7 +56,8 @@ def attend_latent(
 ) -> Float[Array, "B T H V"]:
     """The same from latents: a head's key is the first K - R of c_kv wkv_b and k_rope, its value the rest.
 
-    scaling: how the product with wkv_b is quantised. What crosses `context`, forward, and backward as gradients, is the latents: C + R numbers a token.
+    What crosses `context`, forward, and backward as gradients, is the latents: C + R numbers a token. scaling: how the
+    product with wkv_b is quantised.
     """
     nope = q.shape[-1] - k_rope.shape[-1]
 

@@ -25,6 +25,8 @@ ROOM = {
     "groups of 4": Buffers(groups=2),
     "groups of 2, little room": Buffers(0.6, groups=4),
     "groups of 1": Buffers(groups=8),
+    "aligned": Buffers(alignment=4),
+    "groups of 2, little room, aligned": Buffers(0.6, groups=4, alignment=16),
 }
 
 
@@ -97,6 +99,29 @@ def test_each_token_gets_the_sum_of_its_experts_or_the_missing_rows_are_counted(
             np.testing.assert_allclose(got, want, atol=1e-4)
     else:
         assert np.max(np.abs(y - wanted)) > 1e-3
+
+
+def test_experts_rows_begin_at_multiples_and_zeros_fill_the_gaps():
+    def local(x, indices, weights):
+        rows, row_weights, plan = dispatch(x, indices, weights, E // DEVICES, Buffers(alignment=8))
+        return rows, row_weights, plan.group_sizes
+
+    indices = random_choices(2)
+    with jax.set_mesh(make_mesh(expert=DEVICES)):
+        arguments = (jax.device_put(a, P("expert")) for a in (X, indices.astype(np.int32), WEIGHTS))
+        run = jax.shard_map(local, in_specs=(P("expert"),) * 3, out_specs=P("expert"), check_vma=False)
+        rows, weights, sizes = map(np.asarray, jax.jit(run)(*arguments))
+    rows, weights = rows.reshape(DEVICES, -1, D), weights.reshape(DEVICES, -1)
+    assert rows.shape[1] % 8 == 0
+    for device, (here, weight, size) in enumerate(zip(rows, weights, sizes.reshape(DEVICES, -1))):
+        assert (size % 8 == 0).all()
+        for local_expert, stop in enumerate(np.cumsum(size)):
+            token, choice = np.nonzero(indices == device * (E // DEVICES) + local_expert)
+            own, n = slice(stop - size[local_expert], stop), len(token)
+            np.testing.assert_array_equal(np.sort(here[own][:n], axis=0), np.sort(X[token], axis=0))
+            assert sorted(weight[own][:n]) == sorted(WEIGHTS[token, choice])
+            assert not here[own][n:].any() and not weight[own][n:].any()
+        assert not here[np.sum(size) :].any()
 
 
 def test_little_room_is_enough_for_even_loads_and_too_little_for_skewed_ones():
