@@ -256,7 +256,7 @@ class ComputeConfig:
         "none", description="recomputed in the backward pass: nothing, whole layers, or norms + up-projections + SwiGLU"
     )
     scan_layers: bool = Field(True, description="one compiled layer for all of a kind")
-    grouped_matmul: Literal["auto", "tiles", "pallas_tpu", "ragged_dot", "reference"] = Field(
+    grouped_matmul: Literal["auto", "tiles", "pallas_tpu", "pallas_gpu", "ragged_dot", "reference"] = Field(
         "auto", description="implementation of the expert matmul; auto chooses by platform"
     )
     attention: Literal["auto", "blocks", "splash"] = Field(

@@ -1,11 +1,12 @@
 """Grouped matmul: rows sorted by expert, each multiplied by its own expert's weights.
 
-`grouped_matmul` is the public function, `reference` its definition, `tiles` the one that XLA:CPU runs fast, and
-`pallas_tpu` (in grouped_matmul_tpu.py) that of TPUs.
+`grouped_matmul` is the public function, `reference` its definition, `tiles` the one that XLA:CPU runs fast,
+`pallas_tpu` (in grouped_matmul_tpu.py) that of TPUs and `pallas_gpu` (in grouped_matmul_gpu.py) that of Hopper GPUs.
 `grouped_swiglu` is three of them with SwiGLU between, which "tiles" runs in one walk over the rows.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,9 +16,14 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import grouped_matmul_gpu
+from pallas_kernels.grouped_matmul_gpu import pallas_gpu
 from pallas_kernels.grouped_matmul_tpu import pallas_tpu
 
-IMPLEMENTATION_BY_PLATFORM = {"cpu": "tiles", "tpu": "pallas_tpu", "gpu": "ragged_dot"}
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "tiles", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}
+ALIGNMENT = {"pallas_gpu": grouped_matmul_gpu.ALIGNMENT}  # of groups, for which no rows are copied
+
+_log = logging.getLogger(__name__)
 
 
 def grouped_matmul(
@@ -26,6 +32,7 @@ def grouped_matmul(
     group_sizes: Int[Array, "E"],
     *,
     implementation: str = "auto",
+    alignment: int = 1,
 ) -> Float[Array, "M N"]:
     """Each row of x times the weights of its expert, summed in float32 and returned in the dtype of x.
 
@@ -34,9 +41,23 @@ def grouped_matmul(
     gradient and add nothing to that of w, whatever they hold, NaN included. Differentiable once, in x and w.
 
     implementation: "auto" (by platform), "tiles", "pallas_tpu", "pallas_interpret" (the same kernels on any platform,
-    for tests), "ragged_dot" or "reference"; any other name raises ValueError.
+    for tests), "pallas_gpu", "ragged_dot" or "reference"; any other name raises ValueError. What "pallas_gpu" cannot
+    multiply goes to "tiles", with a line in the log. alignment: what M and all group sizes are multiples of, which the
+    caller promises; it saves "pallas_gpu" a copy of the rows where it is a multiple of 128.
     """
-    return IMPLEMENTATIONS[choose(implementation)](x, w, group_sizes)
+    name = choose(implementation)
+    if name != "pallas_gpu":
+        return IMPLEMENTATIONS[name](x, w, group_sizes)
+    if reason := grouped_matmul_gpu.unsupported(x, w):
+        warn_once(f"grouped matmul by tiles, not by the kernels for GPUs: {reason}")
+        return tiles(x, w, group_sizes)
+    return pallas_gpu(x, w, group_sizes, alignment=alignment)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """One line in the log, however often it is asked for."""
+    _log.warning(message)
 
 
 def choose(implementation: str) -> str:
@@ -57,14 +78,16 @@ def grouped_swiglu(
     group_sizes: Int[Array, "E"],
     *,
     implementation: str = "auto",
+    alignment: int = 1,
 ) -> Float[Array, "M D"]:
-    """Each row through the SwiGLU of its expert, times the row's weight; groups as in `grouped_matmul`.
+    """Each row through the SwiGLU of its expert, times the row's weight; groups and alignment as in `grouped_matmul`.
 
     For jax.checkpoint the products with w_gate and w_up are named "mlp_gate" and "mlp_up".
     """
     if choose(implementation) == "tiles":
         return _tiles_swiglu(x, row_weights[:, None], w_gate, w_up, w_down, group_sizes)
-    matmul = functools.partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation)
+    options = {"group_sizes": group_sizes, "implementation": implementation, "alignment": alignment}
+    matmul = functools.partial(grouped_matmul, **options)
     gate = checkpoint_name(matmul(x, w_gate), "mlp_gate")
     up = checkpoint_name(matmul(x, w_up), "mlp_up")
     return matmul(_weighted_swiglu(gate, up, row_weights[:, None]).astype(x.dtype), w_down)
@@ -307,6 +330,7 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "tiles": tiles,
     "pallas_tpu": pallas_tpu,
     "pallas_interpret": functools.partial(pallas_tpu, interpret=True),
+    "pallas_gpu": pallas_gpu,
     "ragged_dot": ragged_dot,
     "reference": reference,
 }

@@ -37,12 +37,13 @@ def scaled_linears(
     ws: tuple[Float[Array, "*E K _N"], ...],
     scaling: Scaling,
     group_sizes: Int[Array, "E"] | None = None,
+    alignment: int = 1,
 ) -> tuple[Float[Array, "M _N"], ...]:
-    """x times each of ws, in the dtype of x; with group_sizes, as in `grouped_matmul`, by groups of rows.
+    """x times each of ws, in the dtype of x; with group_sizes and alignment, as in `grouped_matmul`, by groups of rows.
 
     Differentiable once, in x and ws. The weight gradient's operands are quantised anew, x from what was kept of it.
     """
-    return _linears(_in_groups(x, group_sizes), ws, group_sizes, scaling)
+    return _linears(_in_groups(x, group_sizes), ws, group_sizes, scaling, alignment)
 
 
 def scaled_swiglu(
@@ -51,16 +52,16 @@ def scaled_swiglu(
     w_gate: Float[Array, "*E D F"],
     w_up: Float[Array, "*E D F"],
     w_down: Float[Array, "*E F D"],
-    gate_up: Scaling,
+    scaling: Scaling,
     group_sizes: Int[Array, "E"] | None = None,
-    down: Scaling | None = None,
+    alignment: int = 1,
 ) -> Float[Array, "M D"]:
     """(silu(x w_gate) * x w_up * row_weights) w_down. What goes into SwiGLU is kept in FP8, what leaves it not at all.
 
     For jax.checkpoint what is kept of the products with w_gate and w_up is named "mlp_gate" and "mlp_up".
     """
-    gate, up = scaled_linears(x, (w_gate, w_up), gate_up, group_sizes)
-    return _down(gate, up, row_weights, w_down, group_sizes, down or gate_up)
+    gate, up = scaled_linears(x, (w_gate, w_up), scaling, group_sizes, alignment)
+    return _down(gate, up, row_weights, w_down, group_sizes, scaling, alignment)
 
 
 def _in_groups(x, group_sizes):
@@ -70,43 +71,47 @@ def _in_groups(x, group_sizes):
     return jnp.where((jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None], x, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _linears(x, ws, group_sizes, scaling):
-    return _products(quantise(x, scaling.forward.left), x.dtype, ws, group_sizes, scaling)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _linears(x, ws, group_sizes, scaling, alignment):
+    return _products(quantise(x, scaling.forward.left), x.dtype, ws, group_sizes, scaling, alignment)
 
 
-def _linears_forward(x, ws, group_sizes, scaling):
+def _linears_forward(x, ws, group_sizes, scaling, alignment):
     quantised = quantise(x, scaling.forward.left)
-    return _products(quantised, x.dtype, ws, group_sizes, scaling), (_kept(x, scaling, quantised), ws, group_sizes)
+    return _products(quantised, x.dtype, ws, group_sizes, scaling, alignment), (
+        _kept(x, scaling, quantised),
+        ws,
+        group_sizes,
+    )
 
 
-def _linears_backward(scaling, residuals, dys):
+def _linears_backward(scaling, alignment, residuals, dys):
     x, ws, group_sizes = residuals
-    return *_gradients(_restored(x), ws, dys, group_sizes, scaling), None
+    return *_gradients(_restored(x), ws, dys, group_sizes, scaling, alignment), None
 
 
 _linears.defvjp(_linears_forward, _linears_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _down(gate, up, row_weights, w, group_sizes, scaling):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _down(gate, up, row_weights, w, group_sizes, scaling, alignment):
     h = _swiglu(gate, up, row_weights)
-    return _products(quantise(h, scaling.forward.left), h.dtype, (w,), group_sizes, scaling)[0]
+    return _products(quantise(h, scaling.forward.left), h.dtype, (w,), group_sizes, scaling, alignment)[0]
 
 
-def _down_forward(gate, up, row_weights, w, group_sizes, scaling):
+def _down_forward(gate, up, row_weights, w, group_sizes, scaling, alignment):
     names = "mlp_gate", "mlp_up"
     kept = [
         jax.tree.map(lambda leaf, name=name: checkpoint_name(leaf, name), _kept(a, scaling))
         for a, name in zip((gate, up), names)
     ]
-    return _down(gate, up, row_weights, w, group_sizes, scaling), (*kept, row_weights, w, group_sizes)
+    return _down(gate, up, row_weights, w, group_sizes, scaling, alignment), (*kept, row_weights, w, group_sizes)
 
 
-def _down_backward(scaling, residuals, dy):
+def _down_backward(scaling, alignment, residuals, dy):
     gate, up, row_weights, w, group_sizes = residuals
     h, pull = jax.vjp(_swiglu, _restored(gate), _restored(up), row_weights)
-    dh, (dw,) = _gradients(h, (w,), (dy,), group_sizes, scaling)
+    dh, (dw,) = _gradients(h, (w,), (dy,), group_sizes, scaling, alignment)
     dgate, dup, dweights = pull(dh.astype(h.dtype))
     return dgate.astype(dy.dtype), dup.astype(dy.dtype), dweights, dw, None
 
@@ -119,21 +124,23 @@ def _swiglu(gate, up, row_weights):
     return (h if row_weights is None else h * row_weights[:, None]).astype(gate.dtype)
 
 
-def _products(x: Quantised, dtype, ws, group_sizes, scaling: Scaling):
-    return tuple(scaled_matmul(x, quantise(w, scaling.forward.right), group_sizes, dtype=dtype) for w in ws)
+def _products(x: Quantised, dtype, ws, group_sizes, scaling: Scaling, alignment):
+    options = {"dtype": dtype, "alignment": alignment}
+    return tuple(scaled_matmul(x, quantise(w, scaling.forward.right), group_sizes, **options) for w in ws)
 
 
-def _gradients(x, ws, dys, group_sizes, scaling: Scaling):
+def _gradients(x, ws, dys, group_sizes, scaling: Scaling, alignment):
     """Gradients of x and of ws, from x and those of the products."""
     dys = [_in_groups(dy, group_sizes) for dy in dys]
     of_dy, of_w = scaling.input_gradient
-    dx = sum(
-        scaled_matmul(quantise(dy, of_dy), quantise(w, of_w), group_sizes, transposed=True, dtype=dy.dtype)
-        for dy, w in zip(dys, ws)
-    )
+    options = {"transposed": True, "dtype": dys[0].dtype, "alignment": alignment}
+    dx = sum(scaled_matmul(quantise(dy, of_dy), quantise(w, of_w), group_sizes, **options) for dy, w in zip(dys, ws))
     of_x, of_dy = scaling.weight_gradient
     rows = quantise(x, of_x)
-    dws = (scaled_gradient(rows, quantise(dy, of_dy), group_sizes, dtype=w.dtype) for dy, w in zip(dys, ws))
+    dws = (
+        scaled_gradient(rows, quantise(dy, of_dy), group_sizes, dtype=w.dtype, alignment=alignment)
+        for dy, w in zip(dys, ws)
+    )
     return dx, tuple(dws)
 
 

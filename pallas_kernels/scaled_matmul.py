@@ -14,10 +14,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import grouped_matmul as unscaled
+from pallas_kernels import scaled_matmul_gpu as gpu
 from pallas_kernels.grouped_matmul_tpu import walk
 from pallas_kernels.quantise import Quantised, dequantise, length, spread
 
-IMPLEMENTATION_BY_PLATFORM = {"cpu": "emulated", "tpu": "dequantised", "gpu": "dequantised"}
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "emulated", "tpu": "dequantised", "gpu": "pallas_gpu"}
 
 
 def scaled_matmul(
@@ -28,18 +29,25 @@ def scaled_matmul(
     transposed: bool = False,
     dtype=jnp.bfloat16,
     implementation: str = "auto",
+    alignment: int = 1,
 ) -> Float[Array, "M N"]:
     """x [M, K] times w [K, N], or times w [N, K] transposed; with group_sizes, w [E, ...] by groups of rows.
 
     Groups and rows in none of them are as in `grouped_matmul`. The tiles of x and w must be equally long along K: of
     each such block the product is scaled by row and by column and added to the sum, in float32; the sum is rounded to
-    dtype. implementation: "auto" (by platform), "emulated", or "dequantised" (operands times their scales rounded to
-    bfloat16, for chips without FP8); any other name raises ValueError, and so do tiles that do not fit.
+    dtype. implementation: "auto" (by platform), "emulated", "dequantised" (operands times their scales rounded to
+    bfloat16, for chips without FP8) or "pallas_gpu" (Hopper; what it cannot multiply is dequantised, with a line in the
+    log); any other name raises ValueError, and so do tiles that do not fit. alignment: as in `grouped_matmul`.
     """
     along_x, along_w = x.tile.columns, w.tile.columns if transposed else w.tile.rows
     if along_x != along_w:
         raise ValueError(f"scaled matmul: tiles of {along_x} and {along_w} values along K; expected as many")
-    return IMPLEMENTATIONS[choose(implementation)][0](x, w, group_sizes, transposed).astype(dtype)
+    name = choose(implementation)
+    if name == "pallas_gpu" and (sizes := _for_gpu(x, w, group_sizes)) is not None:
+        w = w if group_sizes is not None else jax.tree.map(lambda a: a[None], w)
+        aligned = alignment % gpu.ALIGNMENT == 0 if group_sizes is not None else True
+        return gpu.scaled_matmul_gpu(x, w, sizes, transposed, dtype, aligned)
+    return IMPLEMENTATIONS[name][0](x, w, group_sizes, transposed).astype(dtype)
 
 
 def scaled_gradient(
@@ -49,6 +57,7 @@ def scaled_gradient(
     *,
     dtype=jnp.float32,
     implementation: str = "auto",
+    alignment: int = 1,
 ) -> Float[Array, "*E K N"]:
     """x [M, K] transposed times dy [M, N]; with group_sizes, of each group's rows by themselves, [E, K, N].
 
@@ -57,7 +66,24 @@ def scaled_gradient(
     """
     if x.tile.rows != dy.tile.rows:
         raise ValueError(f"scaled gradient: tiles of {x.tile.rows} and {dy.tile.rows} rows; expected as many")
-    return IMPLEMENTATIONS[choose(implementation)][1](x, dy, group_sizes).astype(dtype)
+    name = choose(implementation)
+    aligned = group_sizes is None or alignment % gpu.ALIGNMENT == 0
+    if name == "pallas_gpu" and aligned and (sizes := _for_gpu(x, dy, group_sizes)) is not None:
+        dw = gpu.scaled_gradient_gpu(x, dy, sizes, dtype)
+        return dw if group_sizes is not None else dw[0]
+    return IMPLEMENTATIONS[name][1](x, dy, group_sizes).astype(dtype)
+
+
+def _for_gpu(left: Quantised, right: Quantised, group_sizes):
+    """The groups for the kernels for GPUs, one if there are none; None for what they cannot multiply."""
+    reason = gpu.unsupported(left, right)
+    if left.values.shape[0] % gpu.ALIGNMENT:
+        reason = reason or f"{left.values.shape[0]} rows; expected a multiple of {gpu.ALIGNMENT}"
+    if reason:
+        unscaled.warn_once(f"FP8 matmul by dequantising, not by the kernels for GPUs: {reason}")
+        return None
+    rows = left.values.shape[0]
+    return jnp.full(1, rows, jnp.int32) if group_sizes is None else group_sizes.astype(jnp.int32)
 
 
 def choose(implementation: str) -> str:
@@ -152,4 +178,5 @@ def _dequantised_gradient(x: Quantised, dy: Quantised, group_sizes):
 IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {
     "emulated": (_emulated_matmul, _emulated_gradient),
     "dequantised": (_dequantised_matmul, _dequantised_gradient),
+    "pallas_gpu": (_dequantised_matmul, _dequantised_gradient),  # where its kernels cannot
 }

@@ -1,6 +1,7 @@
 """DeepSeekMoE: shared experts that every token passes, and fine-grained routed ones (reference section 3.1)."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from dsjax.model.router import Router
 from dsjax.nn import SwiGLU, param
 from dsjax.precision import RECIPES
 from dsjax.state import Routing
-from pallas_kernels.grouped_matmul import choose, grouped_swiglu, slice_float32
+from pallas_kernels.grouped_matmul import ALIGNMENT, choose, grouped_swiglu, slice_float32
 from pallas_kernels.row_matmul import row_matmul
 from pallas_kernels.scaled_linear import Scaling, scaled_swiglu
 from sharding.dispatch import Buffers, combine, dispatch
@@ -74,7 +75,8 @@ class RoutedExperts(nnx.Module):
         limit = self.cfg.topk_group if n_group % groups == 0 else None
         recipe = RECIPES[compute.precision]
         cheap = CHEAP_BYTES // (self.cfg.hidden_size * jnp.dtype(recipe.dtype).itemsize)
-        return Buffers(compute.expert_buffer, cheap, groups, limit, compute.exchange, recipe.alignment())
+        alignment = math.lcm(recipe.alignment(), ALIGNMENT.get(choose(compute.grouped_matmul), 1))
+        return Buffers(compute.expert_buffer, cheap, groups, limit, compute.exchange, alignment)
 
 
 def _one_token(
@@ -114,9 +116,10 @@ def _experts_of_device(
     # The FSDP all-gather, in here: its gradient is a reduce-scatter, where that of a reshard before is an all-reduce.
     weights = [whole(w, "fsdp", i) for w, i in ((w_gate, 1), (w_up, 1), (w_down, 2))]
     if scaling is None:
-        y = grouped_swiglu(rows, row_weights, *weights, plan.group_sizes, implementation=implementation)
+        options = {"implementation": implementation, "alignment": buffers.alignment}
+        y = grouped_swiglu(rows, row_weights, *weights, plan.group_sizes, **options)
     else:
-        y = scaled_swiglu(rows, row_weights, *weights, scaling, plan.group_sizes)
+        y = scaled_swiglu(rows, row_weights, *weights, scaling, plan.group_sizes, buffers.alignment)
     return combine(y, plan).reshape(x.shape), lax.psum(plan.overflow, TOKEN_AXES)
 
 

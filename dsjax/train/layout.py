@@ -17,6 +17,7 @@ from sharding.rules import RULES, spec
 # Of the choices in `compute`, those that not every platform has.
 ONLY_ON = (
     ("grouped_matmul", "pallas_tpu", ["tpu"]),
+    ("grouped_matmul", "pallas_gpu", ["gpu"]),
     ("attention", "splash", ["tpu"]),
     ("exchange", "ragged", ["tpu", "gpu"]),
 )

@@ -1,0 +1,222 @@
+"""Products of FP8 matrices for Hopper GPUs, in Pallas for Mosaic GPU: `scaled_matmul` and `scaled_gradient` by groups.
+
+As the kernels of grouped_matmul_gpu.py, with tiles of 128 x 128. The tensor core adds up 128 values of E4M3, its sum is
+scaled and added in float32 registers, because the tensor core itself keeps about 14 bits of a sum (arXiv:2412.19437,
+section 3.3.2). It reads E4M3 along what is summed over alone: weights of the forward product and both operands of the
+weights' gradient are given transposed. Found by compiling prototypes (reference, kernels section 3.5).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul_gpu import (
+    ALIGNMENT,
+    ROWS,
+    align,
+    gather,
+    launch,
+    no_work,
+    tile_experts,
+    transforms,
+    write,
+)
+from pallas_kernels.quantise import Quantised
+
+__all__ = ["ALIGNMENT", "scaled_gradient_gpu", "scaled_matmul_gpu", "unsupported"]
+
+_BLOCK = 128  # values that share a scale, and columns of a tile
+_HALF = ROWS // 2
+_STAGES = 4
+_MEMORY_REGISTERS = 40
+
+
+def unsupported(left: Quantised, right: Quantised) -> str | None:
+    """Why the kernels cannot multiply these, in words; None if they can."""
+    if jax.__version_info__ < (0, 11):
+        return f"needs JAX 0.11 or later, this is {jax.__version__}"
+    pairs = ((1, _BLOCK), (_BLOCK, _BLOCK)), ((_BLOCK, 1), (_BLOCK, 1))
+    if (left.tile[:2], right.tile[:2]) not in pairs:
+        return f"tiles {left.tile[:2]} and {right.tile[:2]}; expected {' or '.join(map(str, pairs))}"
+    for n in (*left.values.shape[1:], *right.values.shape[1:]):
+        if n % _BLOCK:
+            return f"a width of {n}; expected multiples of {_BLOCK}"
+    return None
+
+
+def scaled_matmul_gpu(
+    x: Quantised, w: Quantised, group_sizes: Int[Array, "E"], transposed: bool, dtype, aligned: bool, interpret=False
+) -> Float[Array, "M N"]:
+    """As `scaled_matmul`; x in tiles of 1 x 128, w in blocks of 128 x 128. aligned: groups begin at multiples of 128.
+
+    Raises ValueError for what the kernels cannot do.
+    """
+    if reason := unsupported(x, w):
+        raise ValueError(f"pallas_gpu: {reason}")
+    values, scales = (w.values, w.scales) if transposed else (w.values.swapaxes(1, 2), w.scales.swapaxes(1, 2))
+    if aligned:
+        return _rows_times_weights(x.values, x.scales.T, values, scales, group_sizes, dtype, interpret)
+    plan = align(group_sizes, x.values.shape[0])
+    rows, row_scales = gather(x.values, plan.source), gather(x.scales, plan.source).T
+    y = _rows_times_weights(rows, row_scales, values, scales, plan.sizes, dtype, interpret)
+    return gather(y, plan.place)
+
+
+def scaled_gradient_gpu(
+    x: Quantised, dy: Quantised, group_sizes: Int[Array, "E"], dtype, interpret=False
+) -> Float[Array, "E K N"]:
+    """As `scaled_gradient`, both in tiles of 128 x 1, for groups that begin at multiples of 128 rows.
+
+    Raises ValueError for what the kernel cannot do.
+    """
+    if reason := unsupported(x, dy):
+        raise ValueError(f"pallas_gpu: {reason}")
+    return _rows_times_rows(x.values.T, x.scales, dy.values.T, dy.scales, group_sizes, dtype, interpret)
+
+
+def _rows_times_weights(x, x_scales, w, w_scales, group_sizes, dtype, interpret):
+    """y[row] = sum over blocks b of K of x[row, b] @ w[group of row][:, b].T * x_scales[b, row] * w_scales[.., b]."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    (m, k), n = x.shape, w.shape[1]
+    n_tiles, n_columns, n_blocks = m // ROWS, n // _BLOCK, k // _BLOCK
+    tiling = transforms(x.dtype)
+
+    def kernel(experts, x, x_scales, w, w_scales, y):
+        def pipeline(body, context):
+            block = plgpu.BlockSpec((ROWS, _BLOCK), lambda i: (0, i), transforms=tiling)
+            return _pipeline(plgpu, body, context, n_blocks, [block, block])
+
+        @functools.partial(
+            pl.run_scoped,
+            buffers=pipeline(no_work, no_work).get_allocations(x, w.at[0]),
+            out=plgpu.SMEM((2, 2, _HALF, 64), dtype, transforms=transforms(dtype)),
+            collective_axes="warpgroup",
+        )
+        def _(buffers, out):
+            half = lax.axis_index("warpgroup")
+
+            @plgpu.nd_loop((n_tiles * n_columns,), collective_axes="sm")
+            def _(step):
+                tile, column = plgpu.planar_snake(step.index[0], (n_tiles, n_columns), 0, 8)
+                expert, first = experts[tile], tile * ROWS + half * _HALF
+                rows = y.at[pl.ds(first, _HALF)]
+
+                @pl.when(expert >= 0)
+                def _():
+                    def scale(block):
+                        place = x_scales.at[block, pl.ds(first, _HALF)]
+                        by_row = plgpu.load(place, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                        return by_row * w_scales[expert, column, block]
+
+                    def context(run):
+                        zeros = plgpu.layout_cast(jnp.zeros((_HALF, _BLOCK), jnp.float32), plgpu.Layout.WGMMA)
+                        total, _ = run((zeros, scale(0)))
+                        write(plgpu, total.astype(dtype), out.at[half], rows, column * _BLOCK)
+
+                    def body(index, x_tile, w_tile, carry):
+                        total, scales = carry
+
+                        def multiply(product):
+                            plgpu.wgmma(product, x_tile.at[pl.ds(half * _HALF, _HALF)], w_tile.T)
+                            ahead = scale(jnp.minimum(index[0] + 1, n_blocks - 1))  # fetched while it multiplies
+                            return product[...], ahead
+
+                        product, ahead = pl.run_scoped(multiply, plgpu.ACC((_HALF, _BLOCK), jnp.float32))
+                        return total + product * lax.broadcast_in_dim(scales, product.shape, (0,)), ahead
+
+                    weights = w.at[expert, pl.ds(column * _BLOCK, _BLOCK)]
+                    pipeline(body, context)(x.at[pl.ds(tile * ROWS, ROWS)], weights, allocations=buffers)
+
+                @pl.when((expert < 0) & (half < 2))
+                def _():
+                    zeros = plgpu.layout_cast(jnp.zeros((_HALF, _BLOCK), dtype), plgpu.Layout.WGMMA)
+                    write(plgpu, zeros, out.at[half], rows, column * _BLOCK)
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    arrays = tile_experts(group_sizes, n_tiles), x, x_scales, w, w_scales
+    return launch(plgpu, kernel, (m, n), dtype, interpret)(*arrays)
+
+
+def _rows_times_rows(x, x_scales, dy, dy_scales, group_sizes, dtype, interpret):
+    """dw[e] = sum over blocks b of the rows of e of x[:, b] @ dy[:, b].T * x_scales[b] * dy_scales[b]."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    k, n, n_groups = x.shape[0], dy.shape[0], group_sizes.shape[0]
+    n_rows, n_columns = k // ROWS, n // _BLOCK
+    tiling = transforms(x.dtype)
+    steps = group_sizes // _BLOCK
+    firsts = jnp.cumsum(steps) - steps
+    last = x.shape[1] // _BLOCK - 1
+
+    def kernel(firsts, steps, x, x_scales, dy, dy_scales, dw):
+        def pipeline(body, context, first=0, n_steps=_STAGES, i=0, j=0):
+            blocks = [
+                plgpu.BlockSpec((ROWS, _BLOCK), lambda s: (i, first + s), transforms=tiling),
+                plgpu.BlockSpec((_BLOCK, _BLOCK), lambda s: (j, first + s), transforms=tiling),
+            ]
+            return _pipeline(plgpu, body, context, n_steps, blocks)
+
+        @functools.partial(
+            pl.run_scoped,
+            buffers=pipeline(no_work, no_work).get_allocations(x, dy),
+            out=plgpu.SMEM((2, 2, _HALF, 64 if dtype == jnp.bfloat16 else 32), dtype, transforms=transforms(dtype)),
+            collective_axes="warpgroup",
+        )
+        def _(buffers, out):
+            half = lax.axis_index("warpgroup")
+
+            @plgpu.nd_loop((n_groups, n_rows * n_columns), collective_axes="sm")
+            def _(step):
+                expert = step.index[0]
+                i, j = plgpu.planar_snake(step.index[1], (n_rows, n_columns), 0, 8)
+                first, own = firsts[expert], pl.ds(i * ROWS + half * _HALF, _HALF)
+
+                def scale(block):
+                    at = jnp.minimum(first + block, last)
+                    layout = plgpu.Layout.WGMMA
+                    by_row = plgpu.load(x_scales.at[at, own], layout=layout.reduce(1), optimized=False)
+                    columns = dy_scales.at[at, pl.ds(j * _BLOCK, _BLOCK)]
+                    return by_row, plgpu.load(columns, layout=layout.reduce(0), optimized=False)
+
+                def context(run):
+                    zeros = plgpu.layout_cast(jnp.zeros((_HALF, _BLOCK), jnp.float32), plgpu.Layout.WGMMA)
+                    total = run(zeros)
+                    write(plgpu, total.astype(dtype), out.at[half], dw.at[expert, own], j * _BLOCK)
+
+                def body(index, x_tile, dy_tile, total):
+                    def multiply(product):
+                        plgpu.wgmma(product, x_tile.at[pl.ds(half * _HALF, _HALF)], dy_tile.T)
+                        by_row, by_column = scale(index[0])
+                        return product[...], by_row, by_column
+
+                    product, by_row, by_column = pl.run_scoped(multiply, plgpu.ACC((_HALF, _BLOCK), jnp.float32))
+                    by_row, by_column = (
+                        lax.broadcast_in_dim(a, product.shape, (d,)) for d, a in enumerate((by_row, by_column))
+                    )
+                    return total + product * (by_row * by_column)
+
+                pipeline(body, context, first, steps[expert], i, j)(x, dy, allocations=buffers)
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    arrays = firsts, steps, x, x_scales, dy, dy_scales
+    return launch(plgpu, kernel, (n_groups, k, n), dtype, interpret)(*arrays)
+
+
+def _pipeline(plgpu, body, context, n_steps, in_specs):
+    return plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=(n_steps,),
+        memory_registers=_MEMORY_REGISTERS,
+        wg_axis="warpgroup",
+        num_compute_wgs=2,
+        max_concurrent_steps=_STAGES,
+        compute_context=context,
+        in_specs=in_specs,
+    )
