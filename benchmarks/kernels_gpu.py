@@ -1,0 +1,156 @@
+"""The kernels for Hopper GPUs without a GPU: compiled for an H100 down to its machine code, beside XLA's ragged_dot;
+prints JSON.
+
+    python -m benchmarks.kernels_gpu --out benchmarks/results/kernels_h100_aot.json
+
+Of each kernel what NVIDIA's assembler says: registers a thread, bytes spilled, and whether it had to put tensor core
+instructions in sequence; with them the tensor core instructions in the program, shared memory, and CPU seconds to
+compile. Of ragged_dot the temporary memory. Nothing is run or timed on a GPU. Needs XLA's compiler for GPUs
+(`pip install 'dsjax[plan-gpu]'`; neither a GPU nor NVIDIA's libraries).
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.common import machine
+
+CHIP = "NVIDIA H100 80GB HBM3"
+SHAPES = ["4,32768,7168,4096", "8,32768,2048,7168"]  # experts, rows, K, N: DeepSeek-V3's two
+
+
+def description(chip: str) -> str:
+    """What XLA's compiler has to know of a GPU, as text: one of those that are built into it.
+
+    Raises ValueError for one that is not, ModuleNotFoundError if the compiler is not installed.
+    """
+    spec = importlib.util.find_spec("jax_plugins.xla_cuda13")
+    if spec is None:
+        raise ModuleNotFoundError("XLA's compiler for GPUs is not installed: pip install 'dsjax[plan-gpu]'")
+    library = (Path(spec.origin).parent / "xla_cuda_plugin.so").read_bytes()
+    at = library.find(f'device_description_str: "{chip}"\n'.encode())
+    if at < 0:
+        raise ValueError(f"{chip}: not known to XLA's compiler")
+    return library[library.rfind(b"\0", 0, at) + 1 : library.find(b"\0", at)].decode()
+
+
+def compile_all(shapes: list[str], dump: Path) -> list[dict]:
+    """Every kernel at every shape, in this process, whose environment must have Mosaic GPU dump into `dump`."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+
+    from pallas_kernels import grouped_matmul as bf16
+    from pallas_kernels.quantise import E4M3, Quantised, Tile
+    from pallas_kernels.scaled_matmul_gpu import scaled_gradient_gpu, scaled_matmul_gpu
+
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=description(CHIP), topology="1x1x1"
+    )
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+
+    def array(dtype, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, jax.P()))
+
+    def quantised(tile, *shape):
+        *stack, r, c = shape
+        scales = array(jnp.float32, *stack, -(-r // tile.rows), -(-c // tile.columns))
+        return Quantised(array(E4M3, *shape), scales, tile)
+
+    def gradient(multiply, index):  # of x or w alone
+        def of(x, w, sizes, dy):
+            return jax.vjp(lambda x, w: multiply(x, w, sizes), x, w)[1](dy)[index]
+
+        return of
+
+    def kernel(x, w, sizes):
+        return bf16.pallas_gpu(x, w, sizes, alignment=128)
+
+    rows, column, block = Tile(1, 128), Tile(128, 1), Tile(128, 128)
+    found = []
+    for shape in shapes:
+        e, m, k, n = map(int, shape.split(","))
+        x, w, dy, sizes = (
+            array(jnp.bfloat16, m, k),
+            array(jnp.bfloat16, e, k, n),
+            array(jnp.bfloat16, m, n),
+            array(jnp.int32, e),
+        )
+        weights = quantised(block, e, k, n)
+        for name, f, arguments in (
+            ("bf16 forward", kernel, (x, w, sizes)),
+            ("bf16 gradient of x", gradient(kernel, 0), (x, w, sizes, dy)),
+            ("bf16 gradient of w", gradient(kernel, 1), (x, w, sizes, dy)),
+            (
+                "fp8 forward",
+                lambda x, w, sizes: scaled_matmul_gpu(x, w, sizes, False, jnp.bfloat16, True),
+                (quantised(rows, m, k), weights, sizes),
+            ),
+            (
+                "fp8 gradient of x",
+                lambda dy, w, sizes: scaled_matmul_gpu(dy, w, sizes, True, jnp.bfloat16, True),
+                (quantised(rows, m, n), weights, sizes),
+            ),
+            (
+                "fp8 gradient of w",
+                lambda x, dy, sizes: scaled_gradient_gpu(x, dy, sizes, jnp.bfloat16),
+                (quantised(column, m, k), quantised(column, m, n), sizes),
+            ),
+            ("XLA bf16 forward", bf16.ragged_dot, (x, w, sizes)),
+        ):
+            before, begun = set(dump.iterdir()), time.process_time()
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                program = jax.jit(f).lower(*arguments).compile()
+            row = {"kernel": name, "shape": shape, "cpu_s": round(time.process_time() - begun, 1)}
+            row["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
+            for path in set(dump.iterdir()) - before:
+                if path.suffix == ".ptxas":
+                    row |= assembled(path.read_text())
+                if path.suffix == ".ptx":
+                    row["wgmma"] = len(re.findall(r"wgmma\.mma_async", path.read_text()))
+            found.append(row)
+    return found
+
+
+def assembled(text: str) -> dict[str, int | bool]:
+    """What NVIDIA's assembler says of a kernel."""
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", text)[1]),
+        "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", text))),
+        "in_sequence": "serialized" in text,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", metavar="E,M,K,N", help=f"default: {' and '.join(SHAPES)}")
+    parser.add_argument("--out", type=Path, help="JSON goes here too")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as dump:
+        os.environ |= {
+            "JAX_PLATFORMS": "cpu",
+            "MOSAIC_GPU_DUMP_TO": dump,
+            "MOSAIC_GPU_DUMP_PTX": "1",
+            "MOSAIC_GPU_DUMP_PTXAS": "1",
+        }
+        result = {
+            "command": " ".join(["python -m benchmarks.kernels_gpu", *sys.argv[1:]]),
+            "machine": machine(),
+            "chip": CHIP,
+            "kernels": compile_all(arguments.shape or SHAPES, Path(dump)),
+        }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
