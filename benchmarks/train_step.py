@@ -5,6 +5,7 @@
 Same shape, float32, two threads, random tokens; each side in its own process, so that peak memory is its own.
 """
 
+import itertools
 import time
 
 import numpy as np
@@ -61,9 +62,11 @@ def dsjax(batch: int, seq: int, steps: int) -> dict:
         step_fn = jit_train_step(config)
         data = on_mesh({name: a[None] for name, a in arrays.items()}, mesh)
 
+        steps_done = itertools.count()
+
         def step():
             nonlocal state
-            state, metrics = step_fn(state, data, Knobs(1e-4, 0.0, 0.001, 1))
+            state, metrics = step_fn(state, data, Knobs(next(steps_done), 1e-4, 0.0, 0.001, 1))
             return float(metrics.loss)
 
         return measure(step, steps, batch * seq)
