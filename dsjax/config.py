@@ -259,6 +259,9 @@ class ComputeConfig:
     grouped_matmul: Literal["auto", "tiles", "pallas_tpu", "pallas_gpu", "ragged_dot", "reference"] = Field(
         "auto", description="implementation of the expert matmul; auto chooses by platform"
     )
+    scaled_matmul: Literal["auto", "emulated", "dequantised", "pallas_tpu", "pallas_gpu"] = Field(
+        "auto", description="implementation of FP8 matmuls; auto chooses by platform"
+    )
     attention: Literal["auto", "blocks", "splash"] = Field(
         "auto", description="implementation of attention in training and prefill; auto chooses by platform"
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from dsjax.config import ComputeConfig
 from pallas_kernels.quantise import Tile
 from pallas_kernels.scaled_linear import Product, Scaling
 
@@ -73,6 +74,13 @@ RECIPES: dict[str, Recipe] = {
 }
 # What a dtype's name stands for where no matmul is quantised
 PLAIN = {"float32": "float32", "bfloat16": "bf16"}
+
+
+def recipe_of(compute: ComputeConfig) -> Recipe:
+    """The recipe that a configuration names, with the implementation of the products that it names."""
+    recipe = RECIPES[compute.precision]
+    scalings = {name: value for name, value in vars(recipe).items() if isinstance(value, Scaling)}
+    return replace(recipe, **{k: replace(v, implementation=compute.scaled_matmul) for k, v in scalings.items()})
 
 
 def weight_name(path) -> str:

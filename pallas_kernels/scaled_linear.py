@@ -30,6 +30,7 @@ class Scaling:
     input_gradient: Product  # dy, w
     weight_gradient: Product  # x, dy
     kept: Tile | None  # x for the backward pass, and what goes into SwiGLU; None: x as it came
+    implementation: str = "auto"  # of the products
 
 
 def scaled_linears(
@@ -125,7 +126,7 @@ def _swiglu(gate, up, row_weights):
 
 
 def _products(x: Quantised, dtype, ws, group_sizes, scaling: Scaling, alignment):
-    options = {"dtype": dtype, "alignment": alignment}
+    options = {"dtype": dtype, "alignment": alignment, "implementation": scaling.implementation}
     return tuple(scaled_matmul(x, quantise(w, scaling.forward.right), group_sizes, **options) for w in ws)
 
 
@@ -133,14 +134,14 @@ def _gradients(x, ws, dys, group_sizes, scaling: Scaling, alignment):
     """Gradients of x and of ws, from x and those of the products."""
     dys = [_in_groups(dy, group_sizes) for dy in dys]
     of_dy, of_w = scaling.input_gradient
-    options = {"transposed": True, "dtype": dys[0].dtype, "alignment": alignment}
-    dx = sum(scaled_matmul(quantise(dy, of_dy), quantise(w, of_w), group_sizes, **options) for dy, w in zip(dys, ws))
-    of_x, of_dy = scaling.weight_gradient
-    rows = quantise(x, of_x)
-    dws = (
-        scaled_gradient(rows, quantise(dy, of_dy), group_sizes, dtype=w.dtype, alignment=alignment)
+    options = {"alignment": alignment, "implementation": scaling.implementation}
+    dx = sum(
+        scaled_matmul(quantise(dy, of_dy), quantise(w, of_w), group_sizes, transposed=True, dtype=dy.dtype, **options)
         for dy, w in zip(dys, ws)
     )
+    of_x, of_dy = scaling.weight_gradient
+    rows = quantise(x, of_x)
+    dws = (scaled_gradient(rows, quantise(dy, of_dy), group_sizes, dtype=w.dtype, **options) for dy, w in zip(dys, ws))
     return dx, tuple(dws)
 
 

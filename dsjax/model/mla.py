@@ -12,7 +12,7 @@ from dsjax.config import ComputeConfig, ModelConfig
 from dsjax.model.attention import attend, attend_latent
 from dsjax.model.rope import apply_rope, softmax_scale
 from dsjax.nn import RMSNorm, linear, param
-from dsjax.precision import RECIPES
+from dsjax.precision import recipe_of
 from dsjax.state import KVCache, LatentCache
 from pallas_kernels.scaled_linear import Scaling
 from sharding.rules import constrain, spec
@@ -73,7 +73,7 @@ class MLA(nnx.Module):
         compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
         """Expanded form, for training and prefill: the output, and the latents that decoding will need."""
-        recipe = RECIPES[compute.precision]
+        recipe = recipe_of(compute)
         q = jnp.concatenate(self._queries(x, rope, recipe.attention), axis=-1)
         latent = self._latent(x, rope, recipe.attention)
         how = softmax_scale(self.cfg), compute.attention, recipe.attention
@@ -137,7 +137,7 @@ class MHA(nnx.Module):
         compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """The output, and the keys and values that decoding will need."""
-        recipe = RECIPES[compute.precision]
+        recipe = recipe_of(compute)
         q, k, v = self._project(x, rope, recipe.attention)
         y = attend(q, k, v, segment_ids, softmax_scale(self.cfg), compute.attention)
         return linear(y, self.wo[...], scaling=recipe.attention_out), KVCache(

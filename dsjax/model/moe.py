@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from dsjax.config import ComputeConfig, ModelConfig, replace
 from dsjax.model.router import Router
 from dsjax.nn import SwiGLU, param
-from dsjax.precision import RECIPES
+from dsjax.precision import recipe_of
 from dsjax.state import Routing
 from pallas_kernels.grouped_matmul import ALIGNMENT, choose, grouped_swiglu, slice_float32
 from pallas_kernels.row_matmul import row_matmul
@@ -44,7 +44,7 @@ class RoutedExperts(nnx.Module):
                 _experts_of_device,
                 buffers=self._buffers(compute),
                 implementation=compute.grouped_matmul,
-                scaling=RECIPES[compute.precision].experts,
+                scaling=recipe_of(compute).experts,
             ),
             in_specs=(tokens, tokens, tokens, up, up, down),
             out_specs=(tokens, P()),
@@ -73,7 +73,7 @@ class RoutedExperts(nnx.Module):
         n_group, groups = self.cfg.n_group, compute.expert_groups
         # Where a group of devices holds whole groups of experts, a token's choices lie in topk_group of them.
         limit = self.cfg.topk_group if n_group % groups == 0 else None
-        recipe = RECIPES[compute.precision]
+        recipe = recipe_of(compute)
         cheap = CHEAP_BYTES // (self.cfg.hidden_size * jnp.dtype(recipe.dtype).itemsize)
         alignment = math.lcm(recipe.alignment(), ALIGNMENT.get(choose(compute.grouped_matmul), 1))
         return Buffers(compute.expert_buffer, cheap, groups, limit, compute.exchange, alignment)
@@ -138,7 +138,7 @@ class MoE(nnx.Module):
         self, x: Float[Array, "B T D"], bias: Float[Array, "E"], compute: ComputeConfig = ComputeConfig()
     ) -> tuple[Float[Array, "B T D"], Routing, Int[Array, ""]]:
         """The layer's output, where its tokens went, and how many rows and pairs did not fit the experts' buffers."""
-        recipe = RECIPES[compute.precision]
+        recipe = recipe_of(compute)
         routing = self.router(x, bias, dtype=recipe.router)
         y, overflow = self.experts(x, routing, compute)
         return self._with_shared(x, y, recipe.shared), routing, overflow

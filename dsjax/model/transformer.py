@@ -15,7 +15,7 @@ from dsjax.model.moe import MoE
 from dsjax.model.mtp import MTPInput, hide, look_ahead
 from dsjax.model.rope import rope_tables
 from dsjax.nn import RMSNorm, SwiGLU, param, stack
-from dsjax.precision import RECIPES
+from dsjax.precision import recipe_of
 from dsjax.state import Batch, Cache, KVCache, LatentCache, RouterBias
 from sharding.rules import constrain, halves, join, spec
 
@@ -88,7 +88,7 @@ class Block(nnx.Module):
 
     def _feed_forward(self, x, segment_ids, bias, balance, compute):
         if self.kind == "dense":
-            return x + self.ffn(self.ffn_norm(x), RECIPES[compute.precision].mlp), None
+            return x + self.ffn(self.ffn_norm(x), recipe_of(compute).mlp), None
         y, routing, overflow = self.ffn(self.ffn_norm(x), bias, compute)
         valid = segment_ids > 0
         return x + y, Layer(expert_load(routing, valid), balance_losses(routing, valid, self.cfg, balance), overflow)
@@ -141,7 +141,7 @@ class DeepSeek(nnx.Module):
             read, mtp_block = _layer(self.mtp_input, k), _layer(self.mtp_block, k)
             tokens, segment_ids = look_ahead(batch, k + 1)
             embedding = hide(self._embed(tokens, compute), segment_ids)
-            x = read(embedding, recycled, RECIPES[compute.precision].eh_proj)
+            x = read(embedding, recycled, recipe_of(compute).eh_proj)
             # Positions stay those of the trunk; a place whose token lies in another document takes no part.
             x, depth = block(x, mtp_block, router_bias.mtp[k], segment_ids)
             mtp_hidden.append(read.out_norm(x))
@@ -213,7 +213,7 @@ class DeepSeek(nnx.Module):
     def _embed(self, tokens, compute: ComputeConfig):
         table = constrain(self.embed[...], "vocab", None)
         x = table.at[tokens].get(out_sharding=spec("batch", "seq", None))
-        return x.astype(RECIPES[compute.precision].dtype)
+        return x.astype(recipe_of(compute).dtype)
 
 
 def init_router_bias(cfg: ModelConfig) -> RouterBias:

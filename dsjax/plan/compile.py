@@ -140,12 +140,18 @@ def _died(code: int, errors: str, topology: Topology) -> str:
 def for_tpu(config: Config) -> Config:
     """The same with what `auto` means on a TPU, as the platform of the compiling process is a CPU."""
     from dsjax.model import attention
-    from pallas_kernels import grouped_matmul
+    from pallas_kernels import grouped_matmul, scaled_matmul
     from sharding import ragged
 
+    modules = {
+        "grouped_matmul": grouped_matmul,
+        "scaled_matmul": scaled_matmul,
+        "attention": attention,
+        "exchange": ragged,
+    }
     chosen = {
         name: module.IMPLEMENTATION_BY_PLATFORM["tpu"]
-        for name, module in (("grouped_matmul", grouped_matmul), ("attention", attention), ("exchange", ragged))
+        for name, module in modules.items()
         if getattr(config.compute, name) == "auto"
     }
     return replace(config, compute=replace(config.compute, **chosen))

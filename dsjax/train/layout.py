@@ -18,6 +18,8 @@ from sharding.rules import RULES, spec
 ONLY_ON = (
     ("grouped_matmul", "pallas_tpu", ["tpu"]),
     ("grouped_matmul", "pallas_gpu", ["gpu"]),
+    ("scaled_matmul", "pallas_tpu", ["tpu"]),
+    ("scaled_matmul", "pallas_gpu", ["gpu"]),
     ("attention", "splash", ["tpu"]),
     ("exchange", "ragged", ["tpu", "gpu"]),
 )
