@@ -268,6 +268,9 @@ class ComputeConfig:
     exchange: Literal["auto", "ragged", "gather"] = Field(
         "auto", description="how rows go to their experts' devices; auto chooses by platform"
     )
+    fp8_dispatch: bool = Field(
+        False, description="rows travel to their experts in FP8, with power-of-two scales, and so do gradients"
+    )
     expert_buffer: float | None = Field(
         1.5,
         gt=0,

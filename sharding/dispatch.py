@@ -8,6 +8,7 @@ group that it needs, to the device of its sender's own place there, and fans out
 Shapes are fixed, so rows arrive in buffers, whose sizes `Buffers` sets. What does not fit is left out and counted.
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from pallas_kernels.quantise import E4M3, Quantised, Tile, dequantise, quantise
 from sharding.ragged import Side, exchange
 
 _AXIS = "expert"
+_WIRE = Tile(1, 128, ue8m0=True)  # powers of two: quantising again on the way changes nothing
 _MULTIPLE = 8  # of rows, for buffers that are not as large as they can be
 
 
@@ -34,6 +37,7 @@ class Buffers(NamedTuple):
     topk_groups: int | None = None  # the most groups that a token's experts lie in; None for any number
     exchange: str = "auto"  # implementation of `sharding.ragged.exchange`
     alignment: int = 1  # every expert's pairs begin at a multiple of it, zeros between them
+    fp8: bool = False  # rows travel to experts in FP8, and so do the gradients of what experts return
 
     def rows(self, even: int | float, most: int) -> int:
         """Size of a buffer to which `even` rows come with even loads, and `most` at most."""
@@ -52,7 +56,7 @@ class Fan(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["fan", "out", "back"],
-    meta_fields=["rows", "peers", "implementation"],
+    meta_fields=["rows", "peers", "implementation", "fp8"],
 )
 @dataclass(frozen=True)
 class Way:
@@ -64,6 +68,7 @@ class Way:
     rows: int  # of the buffer that they arrive in
     peers: tuple[tuple[int, ...], ...]  # groups of devices that exchange among themselves
     implementation: str
+    fp8: bool = False  # what is sent by `_send`; what returns is as it is
 
 
 class Plan(NamedTuple):
@@ -105,7 +110,8 @@ def dispatch(
         peers = tuple(tuple(range(i, n_devices, inner)) for i in range(inner))
         arriving = buffers.rows(n * to_groups, n * buffers.groups)
         way, left = _way(owners() // inner, peers, to_groups, n * to_groups, arriving, buffers.exchange)
-        x, said, ways, lost = _send(x, way), _send(said, way), [*ways, way], [*lost, left]
+        x, said, way = _send_both(x, said, way, buffers.fp8)
+        ways, lost = [*ways, way], [*lost, left]
     if inner > 1:
         peers = tuple(tuple(range(i, i + inner)) for i in range(0, n_devices, inner))
         place = jnp.where(owners() // inner == me // inner, owners() % inner, -1)
@@ -113,9 +119,11 @@ def dispatch(
         even = n * to_groups * inner * (1 - (1 - 1 / inner) ** (k / to_groups))  # choices at random
         leaving = buffers.rows(even, here * copies) if ways else here * copies
         way, left = _way(place, peers, copies, leaving, buffers.rows(even, here * inner), buffers.exchange)
-        x, said, ways, lost = _send(x, way), _send(said, way), [*ways, way], [*lost, left]
-    if ways:
-        x, said = (checkpoint_name(a, "dispatched") for a in (x, said))  # not to be sent again
+        x, said, way = _send_both(x, said, way, buffers.fp8)
+        ways, lost = [*ways, way], [*lost, left]
+    if ways:  # not to be sent again
+        said = checkpoint_name(said, "dispatched")
+        x = x if buffers.fp8 else checkpoint_name(x, "dispatched")
 
     here = x.shape[0]
     size = buffers.rows(n * k, here * min(k, n_local_experts)) if ways else n * k
@@ -137,6 +145,12 @@ def combine(y: Float[Array, "M D"], plan: Plan) -> Float[Array, "N D"]:
     for way in reversed(plan.ways):
         y = _return(y, way)
     return lax.psum(y, "tensor")
+
+
+def _send_both(x, said, way: Way, fp8: bool) -> tuple[jax.Array, jax.Array, Way]:
+    """Rows and what is said of them, and the way that the rows took."""
+    of_rows = dataclasses.replace(way, fp8=fp8)
+    return _send(x, of_rows), _send(said, way), of_rows
 
 
 def _way(
@@ -199,7 +213,33 @@ def _collect(y, fan):
 
 
 def _send(x, way):
-    return exchange(_spread(x, way.fan), way.rows, way.out, way.back, _AXIS, way.peers, way.implementation)
+    rows = _spread(x, way.fan)
+    arrive = functools.partial(
+        exchange,
+        rows=way.rows,
+        out=way.out,
+        back=way.back,
+        axis=_AXIS,
+        peers=way.peers,
+        implementation=way.implementation,
+    )
+    if not way.fp8:
+        return arrive(rows)
+    return _unpack(checkpoint_name(arrive(_pack(rows)), "dispatched"), x.shape[1], x.dtype)
+
+
+def _pack(x: Float[Array, "S D"]) -> UInt8[Array, "S P"]:
+    """Rows in E4M3 with power-of-two scales for 128 values each, and behind them the scales' exponents, as bytes."""
+    rows = quantise(x, _WIRE)
+    exponents = lax.bitcast_convert_type(rows.scales, jnp.uint32) >> 23
+    return jnp.concatenate([lax.bitcast_convert_type(rows.values, jnp.uint8), exponents.astype(jnp.uint8)], axis=1)
+
+
+def _unpack(packed: UInt8[Array, "S P"], width: int, dtype) -> Float[Array, "S D"]:
+    """Rows of `width` values; of a row of zero bytes, zeros."""
+    values = lax.bitcast_convert_type(packed[:, :width], E4M3)
+    scales = lax.bitcast_convert_type(packed[:, width:].astype(jnp.uint32) << 23, jnp.float32)
+    return dequantise(Quantised(values, scales, _WIRE), dtype)
 
 
 def _return(y, way):

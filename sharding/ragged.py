@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Shaped
 
 IMPLEMENTATION_BY_PLATFORM = {"cpu": "gather", "gpu": "ragged", "tpu": "ragged"}
 
@@ -19,14 +19,14 @@ class Side(NamedTuple):
 
 
 def exchange(
-    x: Float[Array, "S D"],
+    x: Shaped[Array, "S D"],
     rows: int,
     out: Side,
     back: Side,
     axis: str,
     peers: tuple[tuple[int, ...], ...] | None = None,
     implementation: str = "auto",
-) -> Float[Array, "R D"]:
+) -> Shaped[Array, "R D"]:
     """[rows, D]: from each peer the rows of its x that it has for this device, zeros elsewhere. Within `shard_map`.
 
     `out` says what this device sends, `back` what it receives; they must agree with the peers'. `peers` are the groups

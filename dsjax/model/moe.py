@@ -76,7 +76,8 @@ class RoutedExperts(nnx.Module):
         recipe = recipe_of(compute)
         cheap = CHEAP_BYTES // (self.cfg.hidden_size * jnp.dtype(recipe.dtype).itemsize)
         alignment = math.lcm(recipe.alignment(), ALIGNMENT.get(choose(compute.grouped_matmul), 1))
-        return Buffers(compute.expert_buffer, cheap, groups, limit, compute.exchange, alignment)
+        options = compute.exchange, alignment, compute.fp8_dispatch
+        return Buffers(compute.expert_buffer, cheap, groups, limit, *options)
 
 
 def _one_token(

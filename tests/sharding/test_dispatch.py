@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import P, lax
 
+from pallas_kernels.quantise import Tile, dequantise, quantise
 from sharding.dispatch import Buffers, combine, dispatch
 from sharding.mesh import make_mesh
 from sharding.ragged import Side, choose, exchange
@@ -122,6 +123,21 @@ def test_experts_rows_begin_at_multiples_and_zeros_fill_the_gaps():
             assert sorted(weight[own][:n]) == sorted(WEIGHTS[token, choice])
             assert not here[own][n:].any() and not weight[own][n:].any()
         assert not here[np.sum(size) :].any()
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids=["flat", "two levels"])
+def test_in_fp8_rows_go_and_gradients_of_results_come_rounded_once(groups):
+    def rounded(a):
+        return np.asarray(dequantise(quantise(jnp.asarray(a), Tile(1, 128, ue8m0=True))), np.float64)
+
+    indices = random_choices(3)
+    y, lost, (dx, dweights, _) = run(Buffers(groups=groups, fp8=True), indices)
+    x, dy, factors = rounded(X), rounded(np.cos(X)), WEIGHTS * SCALE[indices]
+    assert lost == 0
+    np.testing.assert_allclose(y, np.einsum("nd,nk->nd", np.sin(x), factors), atol=1e-5)
+    np.testing.assert_allclose(dx, np.einsum("nd,nk->nd", np.cos(x) * dy, factors), atol=1e-4)
+    np.testing.assert_allclose(dweights, np.sum(np.sin(x) * dy, axis=1)[:, None] * SCALE[indices], atol=1e-4)
+    assert np.abs(x - X).max() > 1e-2  # it was rounded
 
 
 def test_little_room_is_enough_for_even_loads_and_too_little_for_skewed_ones():
