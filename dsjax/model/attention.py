@@ -16,6 +16,7 @@ from sharding.rules import constrain, spec, whole
 IMPLEMENTATION_BY_PLATFORM = {"cpu": "blocks", "tpu": "splash", "gpu": "blocks"}
 
 _MIN_BLOCK, _MAX_BLOCKS = 128, 8
+_CHUNK = 512  # rows of a block whose scores are held at a time
 _LANES = 128  # splash takes rows by whole lanes
 
 
@@ -30,7 +31,7 @@ def attend(
     """Attention of every token to those before it in its own segment; softmax in float32.
 
     Where the sequence is sharded over `context`, keys and values travel. The backward pass computes the scores again,
-    so that no [T, T] array outlives its block. For jax.checkpoint the output is named "attn_out".
+    and no pass holds those of more than 512 rows. For jax.checkpoint the output is named "attn_out".
 
     implementation: "auto" (by platform), "blocks", "splash", or "splash_interpret" (the kernels on a CPU, for tests).
     The kernels leave to blocks what they cannot do: a sequence that is sharded over `context`, or that 128 does not
@@ -128,8 +129,14 @@ def _attend(q, k, v, places, scale):
 def _attend_forward(q, k, v, places, scale):
     out = []
     for rows, seen in _blocks(q.shape[2], k.shape[2]):
-        p = _probabilities(q[:, :, rows], k[:, :, seen], places, rows, seen, scale)
-        out.append(jnp.einsum("bhts,bhsv->bhtv", p.astype(v.dtype), v[:, :, seen]))
+        keys, values = k[:, :, seen], v[:, :, seen]
+
+        def part(_, of_rows, keys=keys, values=values, seen=seen):
+            q, *of_rows = of_rows
+            p = _probabilities(q, keys, *of_rows, places[2][:, seen], scale)
+            return None, jnp.einsum("bhts,bhsv->bhtv", p.astype(v.dtype), values)
+
+        out.append(_in_chunks(part, None, (q[:, :, rows], places[0][rows], places[1][:, rows]))[1])
     return jnp.concatenate(out, axis=2), (q, k, v, places)
 
 
@@ -137,13 +144,20 @@ def _attend_backward(scale, residuals, dy):
     q, k, v, places = residuals
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for rows, seen in _blocks(q.shape[2], k.shape[2]):
-        q_block, dy_block = q[:, :, rows], dy[:, :, rows]
-        p = _probabilities(q_block, k[:, :, seen], places, rows, seen, scale)
-        dp = jnp.einsum("bhtv,bhsv->bhts", dy_block, v[:, :, seen], preferred_element_type=jnp.float32)
-        ds = (p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True)) * scale).astype(q.dtype)
-        dq.append(jnp.einsum("bhts,bhsk->bhtk", ds, k[:, :, seen]))
-        dk = dk.at[:, :, seen].add(jnp.einsum("bhts,bhtk->bhsk", ds, q_block))
-        dv = dv.at[:, :, seen].add(jnp.einsum("bhts,bhtv->bhsv", p.astype(q.dtype), dy_block))
+        keys, values = k[:, :, seen], v[:, :, seen]
+
+        def part(sums, of_rows, keys=keys, values=values, seen=seen):
+            q, *of_rows, dy = of_rows
+            p = _probabilities(q, keys, *of_rows, places[2][:, seen], scale)
+            dp = jnp.einsum("bhtv,bhsv->bhts", dy, values, preferred_element_type=jnp.float32)
+            ds = (p * (dp - jnp.sum(p * dp, axis=-1, keepdims=True)) * scale).astype(q.dtype)
+            dk = sums[0].at[:, :, seen].add(jnp.einsum("bhts,bhtk->bhsk", ds, q))
+            dv = sums[1].at[:, :, seen].add(jnp.einsum("bhts,bhtv->bhsv", p.astype(q.dtype), dy))
+            return (dk, dv), jnp.einsum("bhts,bhsk->bhtk", ds, keys)
+
+        of_rows = q[:, :, rows], places[0][rows], places[1][:, rows], dy[:, :, rows]
+        (dk, dv), dq_block = _in_chunks(part, (dk, dv), of_rows)
+        dq.append(dq_block)
     return jnp.concatenate(dq, axis=2), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -153,14 +167,35 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _blocks(t: int, s: int):
     """Slices of queries, and of the keys that they may see: the causal half, where the sequence is not sharded."""
     size = max(_MIN_BLOCK, -(-t // _MAX_BLOCKS))
+    size = size if size <= _CHUNK else -(-size // _CHUNK) * _CHUNK
     for start in range(0, t, size):
-        rows = slice(start, min(start + size, t))
-        yield rows, slice(0, rows.stop if t == s else s)
+        stop = min(start + size, t)
+        whole = start + (stop - start) // _CHUNK * _CHUNK  # what is left after it is a block of its own
+        for rows in (slice(start, whole), slice(whole, stop)):
+            if rows.start < rows.stop:
+                yield rows, slice(0, rows.stop if t == s else s)
 
 
-def _probabilities(q, k, places, rows: slice, seen: slice, scale: float):
-    index, q_segments, k_segments = places
+def _in_chunks(part, sums, of_rows):
+    """part(sums, of_rows) -> sums, [B, H, T, .], for _CHUNK rows after another where a block has more.
+
+    of_rows: arrays [B, H, T, .], [T] and [B, T].
+    """
+    t = of_rows[0].shape[2]
+    if t <= _CHUNK:
+        return part(sums, of_rows)
+    axes = [{1: 0, 2: 1, 4: 2}[a.ndim] for a in of_rows]
+    chunks = tuple(
+        jnp.moveaxis(a.reshape(*a.shape[:i], -1, _CHUNK, *a.shape[i + 1 :]), i, 0) for a, i in zip(of_rows, axes)
+    )
+    sums, out = lax.scan(part, sums, chunks)
+    out = jnp.moveaxis(out, 0, 2)
+    return sums, out.reshape(*out.shape[:2], t, out.shape[-1])
+
+
+def _probabilities(q, k, index, q_segments, k_segments, scale: float):
+    """Of the rows at `index`; the keys are the first."""
     scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) * scale
-    causal = index[rows, None] >= lax.iota(jnp.int32, seen.stop)
-    same = q_segments[:, rows, None] == k_segments[:, None, seen]
+    causal = index[:, None] >= lax.iota(jnp.int32, k.shape[2])
+    same = q_segments[:, :, None] == k_segments[:, None]
     return jax.nn.softmax(jnp.where((causal & same)[:, None], scores, -jnp.inf), axis=-1)

@@ -6,6 +6,7 @@ import models
 import numpy as np
 import pytest
 
+from dsjax.model import attention
 from dsjax.model.attention import attend
 from dsjax.model.rope import inv_freq, rope_tables, softmax_scale
 from dsjax.state import KVCache, LatentCache
@@ -77,10 +78,11 @@ def naive(q, k, v, segment_ids, scale):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "t"),
-    [("blocks", 300), ("splash_interpret", 256), ("splash_interpret", 300)],  # 300: no whole number of blocks
+    ("implementation", "t", "chunk"),  # 300: no whole number of blocks; 48: three chunks a block, and some rows more
+    [("blocks", 300, 512), ("blocks", 300, 48), ("splash_interpret", 256, 512), ("splash_interpret", 300, 512)],
 )
-def test_several_blocks_of_queries_equal_one_softmax_forward_and_backward(implementation, t):
+def test_several_blocks_of_queries_equal_one_softmax_forward_and_backward(implementation, t, chunk, monkeypatch):
+    monkeypatch.setattr(attention, "_CHUNK", chunk)
     rng = np.random.default_rng(0)
     q, k, v, g = (rng.normal(size=(1, t, 2, w)) for w in (8, 8, 6, 6))
     q, k, v, g = (place(a, "batch", "seq", "heads", None) for a in (q, k, v, g))
@@ -105,6 +107,19 @@ def test_several_blocks_of_queries_equal_one_softmax_forward_and_backward(implem
         plain_gradients = jax.jit(jax.grad(whole, argnums=(0, 1, 2)))(*plain)
     for got, wanted in zip(gradients, plain_gradients, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_32768_tokens_hold_no_scores_of_all_pairs():
+    t, heads = 32768, 2
+    q = jax.ShapeDtypeStruct((1, t, heads, 24), jnp.bfloat16, sharding=spec("batch", "seq", "heads", None))
+    ids = jax.ShapeDtypeStruct((1, t), jnp.int32, sharding=spec("batch", "seq"))
+
+    def forward_and_back(q, k, v, ids):
+        y, pull = jax.vjp(lambda q, k, v: attend(q, k, v, ids, 0.2, "blocks"), q, k, v)
+        return pull(y)
+
+    memory = jax.jit(forward_and_back).lower(q, q, q, ids).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * heads * t * t / 16  # a sixteenth of one [T, T] in float32; 430 MB
 
 
 @pytest.mark.parametrize("name", KINDS)
