@@ -42,10 +42,18 @@ def unsupported(left: Quantised, right: Quantised) -> str | None:
     pairs = ((1, _BLOCK), (_BLOCK, _BLOCK)), ((_BLOCK, 1), (_BLOCK, 1))
     if (left.tile[:2], right.tile[:2]) not in pairs:
         return f"tiles {left.tile[:2]} and {right.tile[:2]}; expected {' or '.join(map(str, pairs))}"
-    for n in (*left.values.shape[1:], *right.values.shape[1:]):
-        if n % _BLOCK:
-            return f"a width of {n}; expected multiples of {_BLOCK}"
     return None
+
+
+def _whole_blocks(x: Quantised, axes: tuple[int, ...]) -> Quantised:
+    """x with zeros that make its length along the axes multiples of a block's."""
+
+    def pad(a, tile):
+        return jnp.pad(a, [(0, -n % _BLOCK if i in axes and tile[i] == 1 else 0) for i, n in enumerate(a.shape)])
+
+    ones = (1,) * x.values.ndim
+    tile = (*ones[2:], *x.tile[:2])
+    return Quantised(pad(x.values, ones), pad(x.scales, tile), x.tile)
 
 
 def scaled_matmul_gpu(
@@ -57,13 +65,15 @@ def scaled_matmul_gpu(
     """
     if reason := unsupported(x, w):
         raise ValueError(f"pallas_gpu: {reason}")
+    n = w.values.shape[1 if transposed else 2]
+    x, w = _whole_blocks(x, (1,)), _whole_blocks(w, (1, 2))
     values, scales = (w.values, w.scales) if transposed else (w.values.swapaxes(1, 2), w.scales.swapaxes(1, 2))
     if aligned:
-        return _rows_times_weights(x.values, x.scales.T, values, scales, group_sizes, dtype, interpret)
+        return _rows_times_weights(x.values, x.scales.T, values, scales, group_sizes, dtype, interpret)[:, :n]
     plan = align(group_sizes, x.values.shape[0])
     rows, row_scales = gather(x.values, plan.source), gather(x.scales, plan.source).T
     y = _rows_times_weights(rows, row_scales, values, scales, plan.sizes, dtype, interpret)
-    return gather(y, plan.place)
+    return gather(y[:, :n], plan.place)
 
 
 def scaled_gradient_gpu(
@@ -75,7 +85,9 @@ def scaled_gradient_gpu(
     """
     if reason := unsupported(x, dy):
         raise ValueError(f"pallas_gpu: {reason}")
-    return _rows_times_rows(x.values.T, x.scales, dy.values.T, dy.scales, group_sizes, dtype, interpret)
+    (k, n), x, dy = (x.values.shape[1], dy.values.shape[1]), *(_whole_blocks(a, (1,)) for a in (x, dy))
+    dw = _rows_times_rows(x.values.T, x.scales, dy.values.T, dy.scales, group_sizes, dtype, interpret)
+    return dw[:, :k, :n]
 
 
 def _rows_times_weights(x, x_scales, w, w_scales, group_sizes, dtype, interpret):

@@ -73,6 +73,20 @@ def test_scaled_products_of_groups_that_begin_anywhere():
     assert_close([got], [scaled_matmul(x, w, sizes, dtype=jnp.float32)], 2**-8)
 
 
+@interpreted
+def test_widths_that_are_no_whole_blocks():
+    """576, say: V3's wkv_a."""
+    sizes, interpret = jnp.array([128]), params(races=False)
+    x, dy, w = draw(128, 72), draw(128, 200), quantise(draw(1, 72, 200), Tile(128, 128))
+    for rows, transposed in ((x, False), (dy, True)):
+        rows = quantise(rows, Tile(1, 128))
+        got = scaled_matmul_gpu(rows, w, sizes, transposed, jnp.bfloat16, True, interpret)
+        wanted = scaled_matmul(rows, w, sizes, transposed=transposed, dtype=jnp.float32)
+        assert_close([got], [wanted], 2**-8)
+    x, dy = (quantise(a, Tile(128, 1)) for a in (x, dy))
+    assert_close([scaled_gradient_gpu(x, dy, sizes, jnp.float32, interpret)], [scaled_gradient(x, dy, sizes)], 1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(sizes=st.lists(st.integers(0, 300), min_size=1, max_size=5), rest=st.integers(0, 200))
 @example(sizes=[0, 0, 0, 0, 0], rest=0)
