@@ -1,15 +1,19 @@
-"""Grouped matmul on TPUs without a TPU: our kernels, JAX's megablox and XLA's ragged_dot compiled down to their last
-schedule, and read there; prints JSON.
+"""Kernels for TPUs without a TPU: the grouped matmul by ours, JAX's megablox and XLA's ragged_dot, and the attention of
+decoding by ours and XLA, compiled down to their last schedule, and read there; prints JSON.
 
-    python -m benchmarks.kernels --aot v6e --aot v5p --out benchmarks/results/kernels_aot.json
+    python -m benchmarks.kernels --kernel grouped_matmul --aot v6e --aot v5p --out benchmarks/results/kernels_aot.json
+    python -m benchmarks.kernels --kernel latent_attention --out benchmarks/results/latent_attention_aot.json
 
 Of each kernel: the bundles (cycles, if nothing is waited for) and matmul instructions of the piece of program with most
 matmuls, what share of those cycles the matrix units must be busy (`mxu`: four cycles an instruction, from the published
-peak; 1 where that is more than the bundles), spilled registers, and CPU seconds to compile. Nothing is run or timed on
-a TPU. Needs libtpu (`pip install 'dsjax[plan]'`).
+peak; 1 where that is more than the bundles), spilled registers, and CPU seconds to compile. Of our attention the piece
+is a block of entries with its mask, which only a row's end needs. Of attention also the bytes of HBM that the compiler
+counts (of our kernel those it states: arguments and result once) and those of temporaries, copies included. Nothing is
+run or timed on a TPU. Needs libtpu (`pip install 'dsjax[plan]'`).
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -17,14 +21,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.common import machine
 from dsjax.plan.compile import ENVIRONMENT
 
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-SHAPES = ["16,16384,7168,2048", "16,16384,2048,7168"]  # experts, rows, K, N: DeepSeek-V3's two
+SHAPES = {
+    "grouped_matmul": ["16,16384,7168,2048", "16,16384,2048,7168"],  # experts, rows, K, N: DeepSeek-V3's two
+    "latent_attention": ["64,128,512,64,8192"],  # B, H, C, R, S: DeepSeek-V3's
+}
 MATMUL_CYCLES = 4
 
 
@@ -43,19 +52,22 @@ def schedule(text: str) -> dict[str, int]:
     return {"bundles": bundles, "matmuls": matmuls, "spills": text.count("_spill]"), "all_bundles": address}
 
 
-def compile_all(chip: str, shapes: list[str]) -> list[dict]:
-    """Every kernel at every shape for one chip, in this process, where libtpu must dump its schedules."""
+class Case(NamedTuple):
+    """One program to compile."""
+
+    implementation: str
+    direction: str
+    function: Callable
+    arguments: list[tuple]  # shape and dtype
+    options: dict | None = None
+
+
+def grouped_matmul(e: int, m: int, k: int, n: int) -> Iterator[Case]:
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    from jax.experimental import topologies
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
     from pallas_kernels.grouped_matmul_tpu import pallas_tpu
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[chip]).devices
-    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
-    dump = Path(re.search(r"xla_jf_dump_to=(\S+)", os.environ["LIBTPU_INIT_ARGS"])[1])
 
     def megablox(x, w, sizes):
         return gmm(x, w, sizes, preferred_element_type=x.dtype, tiling=(512, 1024, 1024))
@@ -63,44 +75,75 @@ def compile_all(chip: str, shapes: list[str]) -> list[dict]:
     def xla(x, w, sizes):
         return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=x.dtype)
 
+    arguments = [((m, k), jnp.bfloat16), ((e, k, n), jnp.bfloat16), ((m, n), jnp.bfloat16), ((e,), jnp.int32)]
+    for name, matmul in (("ours", pallas_tpu), ("megablox", megablox), ("xla", xla)):
+        directions = {
+            "forward": lambda x, w, dy, s, f=matmul: f(x, w, s),
+            "dx": lambda x, w, dy, s, f=matmul: jax.vjp(lambda x: f(x, w, s), x)[1](dy),
+            "dw": lambda x, w, dy, s, f=matmul: jax.vjp(lambda w: f(x, w, s), w)[1](dy),
+        }
+        options = {"xla_tpu_enable_ragged_dot_kernel": True} if name == "xla" else None
+        for direction, function in directions.items():
+            yield Case(name, direction, function, arguments, options)
+
+
+def latent_attention(b: int, h: int, c: int, r: int, s: int) -> Iterator[Case]:
+    import jax.numpy as jnp
+
+    from pallas_kernels.latent_attention import pallas_tpu, reference
+
+    arguments = [(shape, jnp.bfloat16) for shape in ((b, 1, h, c), (b, 1, h, r), (b, s, c), (b, s, r))]
+    arguments.append(((b,), jnp.int32))
+    for name, attend in (("ours", pallas_tpu), ("xla", reference)):
+        yield Case(name, "decode", functools.partial(attend, scale=0.1), arguments)
+
+
+KERNELS = {"grouped_matmul": grouped_matmul, "latent_attention": latent_attention}
+
+
+def compile_all(chip: str, kernel: str, shapes: list[str]) -> list[dict]:
+    """A kernel at every shape for one chip, in this process, where libtpu must dump its schedules."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY[chip]).devices
+    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+    sharding = jax.NamedSharding(mesh, jax.P())
+    dump = Path(re.search(r"xla_jf_dump_to=(\S+)", os.environ["LIBTPU_INIT_ARGS"])[1])
+
     results = []
     for shape in shapes:
-        e, m, k, n = map(int, shape.split(","))
-        avals = [((m, k), jnp.bfloat16), ((e, k, n), jnp.bfloat16), ((m, n), jnp.bfloat16), ((e,), jnp.int32)]
-        sharding = jax.NamedSharding(mesh, jax.P())
-        x, w, dy, sizes = (jax.ShapeDtypeStruct(*aval, sharding=sharding) for aval in avals)
-        for name, matmul in (("ours", pallas_tpu), ("megablox", megablox), ("xla", xla)):
-            directions = {
-                "forward": lambda x, w, dy, s, f=matmul: f(x, w, s),
-                "dx": lambda x, w, dy, s, f=matmul: jax.vjp(lambda x: f(x, w, s), x)[1](dy),
-                "dw": lambda x, w, dy, s, f=matmul: jax.vjp(lambda w: f(x, w, s), w)[1](dy),
-            }
-            options = {"xla_tpu_enable_ragged_dot_kernel": True} if name == "xla" else None
-            for direction, function in directions.items():
-                for file in dump.iterdir():
-                    file.unlink()
-                row = {"chip": chip, "shape": shape, "implementation": name, "direction": direction}
-                started = time.process_time()
-                try:
-                    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                        jax.jit(function).lower(x, w, dy, sizes).compile(compiler_options=options)
-                except Exception as error:  # a competitor that does not compile is a result
-                    results.append(row | {"error": str(error).splitlines()[0][:200]})
-                    continue
-                seconds = time.process_time() - started
-                files = [path for path in dump.glob("*final_bundles.txt") if "schedule" not in path.name]
-                found = max((schedule(path.read_text()) for path in files), key=lambda s: s["matmuls"])
-                mxu = min(1.0, MATMUL_CYCLES * found["matmuls"] / found["bundles"])
-                results.append(row | found | {"mxu": round(mxu, 3), "compile_cpu_s": round(seconds, 1)})
-                print(json.dumps(results[-1]), file=sys.stderr)
+        for case in KERNELS[kernel](*map(int, shape.split(","))):
+            for file in dump.iterdir():
+                file.unlink()
+            row = {"chip": chip, "shape": shape, "implementation": case.implementation, "direction": case.direction}
+            arguments = (jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in case.arguments)
+            started = time.process_time()
+            try:
+                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                    compiled = jax.jit(case.function).lower(*arguments).compile(compiler_options=case.options)
+            except Exception as error:  # a competitor that does not compile is a result
+                results.append(row | {"error": str(error).splitlines()[0][:200]})
+                continue
+            seconds = time.process_time() - started
+            files = [path for path in dump.glob("*final_bundles.txt") if "schedule" not in path.name]
+            found = max((schedule(path.read_text()) for path in files), key=lambda s: s["matmuls"])
+            mxu = min(1.0, MATMUL_CYCLES * found["matmuls"] / found["bundles"])
+            row |= found | {"mxu": round(mxu, 3), "compile_cpu_s": round(seconds, 1)}
+            if kernel == "latent_attention":
+                row["hbm_bytes"] = int(compiled.cost_analysis()["bytes accessed"])
+                row["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+            results.append(row)
+            print(json.dumps(row), file=sys.stderr)
     return results
 
 
-def in_own_process(chip: str, shapes: list[str]) -> list[dict]:
+def in_own_process(chip: str, kernel: str, shapes: list[str]) -> list[dict]:
     """libtpu reads its flags once, and takes the chip's schedule dumps with it."""
     with tempfile.TemporaryDirectory() as dump:
         flags = ENVIRONMENT | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
-        command = [sys.executable, "-m", "benchmarks.kernels", "--child", "--aot", chip]
+        command = [sys.executable, "-m", "benchmarks.kernels", "--child", "--aot", chip, "--kernel", kernel]
         command += [f"--shape={shape}" for shape in shapes]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | flags, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -109,17 +152,19 @@ def in_own_process(chip: str, shapes: list[str]) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--aot", action="append", choices=TOPOLOGY, help="chips to compile for (all)")
-    parser.add_argument("--shape", action="append", help=f"experts,rows,K,N ({' and '.join(SHAPES)})")
+    parser.add_argument("--kernel", choices=KERNELS, default="grouped_matmul")
+    parser.add_argument("--shape", action="append", help=f"experts,rows,K,N, or B,H,C,R,S ({SHAPES})")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    chips, shapes = args.aot or list(TOPOLOGY), args.shape or SHAPES
+    chips, shapes = args.aot or list(TOPOLOGY), args.shape or SHAPES[args.kernel]
     if args.child:
-        print(json.dumps(compile_all(chips[0], shapes)))
+        print(json.dumps(compile_all(chips[0], args.kernel, shapes)))
         return
-    results = [row for chip in chips for row in in_own_process(chip, shapes)]
+    results = [row for chip in chips for row in in_own_process(chip, args.kernel, shapes)]
     where = machine() | {"libtpu": version("libtpu")}
-    text = json.dumps({"command": "python -m benchmarks.kernels", "machine": where, "results": results}, indent=2)
+    command = f"python -m benchmarks.kernels --kernel {args.kernel}"
+    text = json.dumps({"command": command, "machine": where, "results": results}, indent=2)
     print(text)
     if args.out:
         args.out.write_text(text + "\n")

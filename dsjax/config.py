@@ -265,6 +265,9 @@ class ComputeConfig:
     attention: Literal["auto", "blocks", "splash"] = Field(
         "auto", description="implementation of attention in training and prefill; auto chooses by platform"
     )
+    latent_attention: Literal["auto", "reference", "pallas_tpu"] = Field(
+        "auto", description="implementation of decoding on the latent cache; auto chooses by platform"
+    )
     exchange: Literal["auto", "ragged", "gather"] = Field(
         "auto", description="how rows go to their experts' devices; auto chooses by platform"
     )

@@ -14,6 +14,7 @@ from dsjax.model.rope import apply_rope, softmax_scale
 from dsjax.nn import RMSNorm, linear, param
 from dsjax.precision import recipe_of
 from dsjax.state import KVCache, LatentCache
+from pallas_kernels.latent_attention import latent_attention, masked_softmax
 from pallas_kernels.scaled_linear import Scaling
 from sharding.rules import constrain, spec
 
@@ -95,6 +96,7 @@ class MLA(nnx.Module):
         cache: LatentCache,
         length: Int[Array, "B"],
         absorbed: Absorbed | None = None,
+        compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
         """Absorbed form on the latent cache (reference section 2.3): wkv_b goes to the query and to the output."""
         w_uk, w_uv = absorbed or self.absorbed()
@@ -102,10 +104,8 @@ class MLA(nnx.Module):
         latent = self._latent(x, rope)
         cache = LatentCache(_write(cache.c_kv, latent.c_kv, length), _write(cache.k_rope, latent.k_rope, length))
         q_latent = jnp.einsum("bthk,hkc->bthc", q_nope, w_uk)
-        scores = jnp.einsum("bthc,bsc->bhts", q_latent, cache.c_kv, preferred_element_type=jnp.float32)
-        scores += jnp.einsum("bthr,bsr->bhts", q_rope, cache.k_rope, preferred_element_type=jnp.float32)
-        p = _masked_softmax(scores * softmax_scale(self.cfg), length)
-        o_latent = jnp.einsum("bhts,bsc->bthc", p.astype(x.dtype), cache.c_kv)
+        how = softmax_scale(self.cfg), compute.latent_attention
+        o_latent = _attend_to_cache(q_latent, q_rope, cache, length, *how)
         return linear(jnp.einsum("bthc,hcv->bthv", o_latent, w_uv), self.wo[...]), cache
 
     def _queries(self, x, rope, scaling=None):
@@ -148,13 +148,19 @@ class MHA(nnx.Module):
         """Nothing: `decode` reads the weights as they are."""
 
     def decode(
-        self, x: Float[Array, "B T D"], rope: Rope, cache: KVCache, length: Int[Array, "B"], absorbed: None = None
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        cache: KVCache,
+        length: Int[Array, "B"],
+        absorbed: None = None,
+        compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """The same on cached keys and values."""
         q, k, v = self._project(x, rope)
         cache = KVCache(_write(cache.k, k, length), _write(cache.v, v, length))
         scores = jnp.einsum("bthk,bshk->bhts", q, cache.k, preferred_element_type=jnp.float32)
-        p = _masked_softmax(scores * softmax_scale(self.cfg), length)
+        p = masked_softmax(scores * softmax_scale(self.cfg), length)
         return linear(jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), cache.v), self.wo[...]), cache
 
     def _project(self, x, rope, scaling=None):
@@ -177,8 +183,21 @@ def _write(
     )
 
 
-def _masked_softmax(scores: Float[Array, "B H T S"], length: Int[Array, "B"]) -> Float[Array, "B H T S"]:
-    """Softmax over what is written: new token t sees the first length + t + 1 entries."""
-    t, s = scores.shape[2:]
-    seen = jnp.arange(s) <= (length[:, None] + jnp.arange(t))[:, :, None]
-    return jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+def _attend_to_cache(
+    q_latent: Float[Array, "B T H C"],
+    q_rope: Float[Array, "B T H R"],
+    cache: LatentCache,
+    length: Int[Array, "B"],
+    scale: float,
+    implementation: str,
+) -> Float[Array, "B T H C"]:
+    """`latent_attention` on each device, of its own rows and heads, for all new tokens of a row."""
+
+    def local(*arrays):
+        return latent_attention(*arrays, scale, implementation)
+
+    heads, row = spec("batch", None, "heads", None), spec("batch", None, None)
+    y = jax.shard_map(local, in_specs=(heads, heads, row, row, spec("batch")), out_specs=heads, check_vma=False)(
+        jax.reshard(q_latent, heads), jax.reshard(q_rope, heads), cache.c_kv, cache.k_rope, length
+    )
+    return constrain(y, "batch", "seq", "heads", None)

@@ -80,7 +80,7 @@ class Block(nnx.Module):
 
     def decode(self, x, rope, cache, length, bias, compute, absorbed):
         """The same for new tokens on a cache: x after the block, and the longer cache."""
-        y, cache = self.attn.decode(self.attn_norm(x), rope, cache, length, absorbed)
+        y, cache = self.attn.decode(self.attn_norm(x), rope, cache, length, absorbed, compute)
         x = x + y
         if self.kind == "dense":
             return x + self.ffn(self.ffn_norm(x)), cache

@@ -140,13 +140,14 @@ def _died(code: int, errors: str, topology: Topology) -> str:
 def for_tpu(config: Config) -> Config:
     """The same with what `auto` means on a TPU, as the platform of the compiling process is a CPU."""
     from dsjax.model import attention
-    from pallas_kernels import grouped_matmul, scaled_matmul
+    from pallas_kernels import grouped_matmul, latent_attention, scaled_matmul
     from sharding import ragged
 
     modules = {
         "grouped_matmul": grouped_matmul,
         "scaled_matmul": scaled_matmul,
         "attention": attention,
+        "latent_attention": latent_attention,
         "exchange": ragged,
     }
     chosen = {

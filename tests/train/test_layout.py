@@ -176,7 +176,13 @@ def test_a_mesh_of_sizes_that_divide_is_made(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("grouped_matmul", "pallas_tpu"), ("attention", "splash"), ("exchange", "ragged")]
+    ("name", "value"),
+    [
+        ("grouped_matmul", "pallas_tpu"),
+        ("attention", "splash"),
+        ("latent_attention", "pallas_tpu"),
+        ("exchange", "ragged"),
+    ],
 )
 def test_what_a_cpu_cannot_run_is_refused(name, value):
     config = configs.load("tiny")

@@ -1,0 +1,210 @@
+"""Attention on a latent cache, in MLA's absorbed form: all heads read the same keys, and part of them as values.
+
+`latent_attention` is the public function, `reference` its definition, and `pallas_tpu` the kernel of TPUs, which reads
+the cache once: block after block of a row's entries goes through scores, softmax and output while it is on the chip,
+and maximum, sum and output so far are corrected where a later block changes them. Blocks past a row's length are not
+fetched.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul_tpu import VMEM_BYTES
+
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "reference"}
+
+_LANES = 128
+_MAX_BLOCK = 1024  # entries; twice as many save a tenth of the instructions, and leave more of the last block unused
+_USED = 0.75  # of VMEM: the rest is for what the compiler keeps beside
+
+
+def latent_attention(
+    q_latent: Float[Array, "B T H C"],
+    q_rope: Float[Array, "B T H R"],
+    c_kv: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
+    length: Int[Array, "B"],
+    scale: float,
+    implementation: str = "auto",
+) -> Float[Array, "B T H C"]:
+    """softmax(scale (q_latent c_kv^T + q_rope k_rope^T)) c_kv over what each new token sees, in the dtype of q_latent.
+
+    New token t of row b sees the first length[b] + t + 1 entries of its cache, itself last; softmax in float32. All
+    arrays but length have one dtype. Entries that no token sees may hold anything finite; only the kernel, which does
+    not use them, also takes NaN there. For inference: the kernel has no gradient. Follows DeepSeek-V2
+    (arXiv:2405.04434), appendix C.
+
+    implementation: "auto" (by platform), "reference", "pallas_tpu" or "pallas_interpret" (the same kernel on any
+    platform, for tests); any other name raises ValueError.
+    """
+    if implementation == "auto":
+        implementation = IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
+    return IMPLEMENTATIONS[implementation](q_latent, q_rope, c_kv, k_rope, length, scale)
+
+
+def reference(
+    q_latent: Float[Array, "B T H C"],
+    q_rope: Float[Array, "B T H R"],
+    c_kv: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
+    length: Int[Array, "B"],
+    scale: float,
+) -> Float[Array, "B T H C"]:
+    """The definition: the cache is read for each of the three products, and all scores exist at once."""
+    scores = jnp.einsum("bthc,bsc->bhts", q_latent, c_kv, preferred_element_type=jnp.float32)
+    scores += jnp.einsum("bthr,bsr->bhts", q_rope, k_rope, preferred_element_type=jnp.float32)
+    p = masked_softmax(scores * scale, length)
+    return jnp.einsum("bhts,bsc->bthc", p.astype(q_latent.dtype), c_kv)
+
+
+def masked_softmax(scores: Float[Array, "B H T S"], length: Int[Array, "B"]) -> Float[Array, "B H T S"]:
+    """Softmax over what is written: new token t sees the first length + t + 1 entries."""
+    t, s = scores.shape[2:]
+    seen = jnp.arange(s) <= (length[:, None] + jnp.arange(t))[:, :, None]
+    return jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+
+
+def pallas_tpu(
+    q_latent: Float[Array, "B T H C"],
+    q_rope: Float[Array, "B T H R"],
+    c_kv: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
+    length: Int[Array, "B"],
+    scale: float,
+    *,
+    block: int | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> Float[Array, "B T H C"]:
+    """As `latent_attention`, whose definition holds. block: entries of the cache at a time, chosen if not given.
+
+    interpret: True to run as plain JAX, on any platform; InterpretParams to run as a TPU would, slowly. Raises
+    ValueError if the queries of a row do not fit the chip's memory.
+    """
+    (b, t, h, c), (s, r), rows = q_latent.shape, k_rope.shape[1:], q_latent.shape[1] * q_latent.shape[2]
+    block = block or choose_block(rows, s, c, r, c_kv.dtype.itemsize)
+    stop = jnp.minimum(length.astype(jnp.int32) + t, s)  # of the entries that some new token sees
+
+    def queries(b, j, length):
+        return b, 0, 0
+
+    def fetched(b, j, length):  # the last block again, where a row has no more: a block that is there is not fetched
+        return jnp.minimum(j, lax.div(jnp.minimum(length[b] + t, s) - 1, block))
+
+    out = pl.pallas_call(
+        functools.partial(_kernel, n_entries=s, n_heads=h, n_tokens=t, scale=scale),
+        out_shape=jax.ShapeDtypeStruct((b, rows, c), q_latent.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(b, lax.div(jnp.max(stop) - 1, block) + 1),
+            in_specs=[
+                pl.BlockSpec((pl.squeezed, rows, c), queries),
+                pl.BlockSpec((pl.squeezed, rows, r), queries),
+                pl.BlockSpec((pl.squeezed, block, c), lambda b, j, length: (b, fetched(b, j, length), 0)),
+                pl.BlockSpec((pl.squeezed, r, block), lambda b, j, length: (b, 0, fetched(b, j, length))),
+            ],
+            out_specs=pl.BlockSpec((pl.squeezed, rows, c), queries),
+            scratch_shapes=[pltpu.VMEM((rows, width), jnp.float32) for width in (_LANES, _LANES, c)],
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(0.95 * VMEM_BYTES)
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * b * rows * s * (2 * c + r),
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (q_latent, q_latent, q_rope, c_kv, k_rope)),
+            transcendentals=b * rows * s,
+        ),
+        interpret=interpret,
+        name="latent_attention",
+    )(
+        length.astype(jnp.int32),
+        q_latent.reshape(b, rows, c),
+        q_rope.reshape(b, rows, r),
+        c_kv,
+        jnp.swapaxes(k_rope, 1, 2),  # as it lies in memory: XLA puts entries on the lanes where R is less than these
+    )
+    return out.reshape(b, t, h, c)
+
+
+def choose_block(rows: int, s: int, c: int, r: int, itemsize: int) -> int:
+    """Entries of the cache in a block: the most, of 1024 and less, that fit VMEM with `rows` queries, but at most s."""
+
+    def bytes_needed(block):
+        twice = block * (_whole_lanes(c) + r) + rows * (2 * _whole_lanes(c) + _whole_lanes(r))
+        return 2 * itemsize * twice + 4 * rows * (2 * _LANES + _whole_lanes(c) + 3 * block)
+
+    block = next((n for n in (_MAX_BLOCK, 512, 256, _LANES) if bytes_needed(n) <= _USED * VMEM_BYTES), None)
+    if block is None:
+        raise ValueError(
+            f"latent attention: {rows} queries of width {c} + {r} do not fit {VMEM_BYTES >> 20} MiB of VMEM"
+        )
+    return min(block, s)
+
+
+def _whole_lanes(n: int) -> int:
+    return -(-n // _LANES) * _LANES
+
+
+def _kernel(
+    length, q_latent, q_rope, c_kv, k_rope, out, largest, total, weighted, *, n_entries, n_heads, n_tokens, scale
+):
+    """One block [block, C] and [R, block] of one row's entries, for its queries [T H, C] and [T H, R].
+
+    largest and total [T H, 128], the same on all lanes, and weighted [T H, C] are of the blocks so far.
+    """
+    row, j, block = pl.program_id(0), pl.program_id(1), c_kv.shape[0]
+    start, stop = j * block, jnp.minimum(length[row] + n_tokens, n_entries)
+
+    @pl.when(j == 0)
+    def _():
+        largest[...] = jnp.full_like(largest, -jnp.inf)
+        total[...] = jnp.zeros_like(total)
+        weighted[...] = jnp.zeros_like(weighted)
+
+    def add(scores, values):
+        new = jnp.maximum(largest[...], jnp.max(scores, axis=1, keepdims=True))  # finite: everyone sees entry 0
+        p, correction = jnp.exp(scores - new[:, :1]), jnp.exp(largest[...] - new)
+        largest[...] = new
+        total[...] = correction * total[...] + jnp.sum(p, axis=1, keepdims=True)
+        weighted[...] = correction[:, :1] * weighted[...] + _product(p.astype(values.dtype), values, 1, 0)
+
+    def scores():
+        return scale * (_product(q_latent[...], c_kv[...], 1, 1) + _product(q_rope[...], k_rope[...], 1, 0))
+
+    seen_by_all = start + block <= jnp.minimum(length[row] + 1, n_entries)
+    pl.when(seen_by_all)(lambda: add(scores(), c_kv[...]))
+
+    @pl.when(~seen_by_all & (start < stop))
+    def _():
+        token = lax.div(lax.broadcasted_iota(jnp.int32, (out.shape[0], 1), 0), n_heads)
+        seen = jnp.minimum(length[row] + 1 + token, n_entries) - start
+        entry = lax.broadcasted_iota(jnp.int32, (out.shape[0], block), 1)
+        written = lax.broadcasted_iota(jnp.int32, (block, 1), 0) < stop - start
+        # What is not written may be NaN, and so may what a block has beyond the end of the cache: no 0 helps there.
+        values = jnp.where(written, c_kv[...], jnp.zeros((), c_kv.dtype))
+        add(jnp.where(entry < seen, scores(), -jnp.inf), values)
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        out[...] = (weighted[...] / total[:, :1]).astype(out.dtype)
+
+
+def _product(a, b, a_axis: int, b_axis: int):
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    contract = (((a_axis,), (b_axis,)), ((), ()))
+    return lax.dot_general(a, b, contract, precision=exact, preferred_element_type=jnp.float32)
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": reference,
+    "pallas_tpu": pallas_tpu,
+    "pallas_interpret": functools.partial(pallas_tpu, interpret=True),
+}
