@@ -4,8 +4,8 @@
 
 Ceilings (dense matmuls in bfloat16 and FP8, a copy); the grouped matmul of ours, of XLA, and of tokamax and PyTorch
 where they are installed, at DeepSeek-V3's two shapes with even and skewed groups, forward and backward, in bfloat16 and
-FP8; quantisation; attention; a training step of a V3-shaped slice. Every number is the median of the runs; what fails
-or does not fit says why, and the rest goes on. --smoke: tiny shapes, to see on any machine that it runs.
+FP8; quantisation; attention; decoding; a training step of a V3-shaped slice. Every number is the median of the runs;
+what fails or does not fit says why, and the rest goes on. --smoke: tiny shapes, to see on any machine that it runs.
 """
 
 import argparse
@@ -223,6 +223,17 @@ def attention(report: Report, smoke: bool) -> None:
         report.add("attention ours both ways", functools.partial(flops, 3.5 * work, both(ours), q, k, v))
 
 
+def decoding(report: Report, smoke: bool) -> None:
+    """Attention of one new token a row on V3's latent cache."""
+    from pallas_kernels.latent_attention import latent_attention
+
+    b, h, c, r, s = (2, 4, 64, 16, 128) if smoke else (64, 128, 512, 64, 8192)
+    arrays = normal(b, 1, h, c), normal(b, 1, h, r, seed=1), normal(b, s, c, seed=2), normal(b, s, r, seed=3)
+    length, moved = jnp.full(b, s - 1), 2 * b * s * (c + r)
+    run = functools.partial(latent_attention, scale=192**-0.5)
+    report.add("decoding on the latent cache", lambda: bandwidth(moved, run, *arrays, length), shape=[b, h, s])
+
+
 def training_step(report: Report, smoke: bool, peak: float | None) -> None:
     """A dense layer and a MoE layer of V3's shape, with a small vocabulary."""
     from dsjax.train.layout import device_mesh, on_mesh
@@ -285,10 +296,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON goes here, after each row")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
-    parser.add_argument("--only", metavar="PART", help="ceilings, grouped, quantisation, attention or training_step")
+    parser.add_argument(
+        "--only", metavar="PART", help="ceilings, grouped, quantisation, attention, decoding or training_step"
+    )
     arguments = parser.parse_args()
     report = Report(arguments.out)
-    for part in (ceilings, grouped, quantisation, attention):
+    for part in (ceilings, grouped, quantisation, attention, decoding):
         if arguments.only in (None, part.__name__):
             part(report, arguments.smoke)
     if arguments.only in (None, "training_step"):

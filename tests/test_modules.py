@@ -14,17 +14,18 @@ FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 # What a room may import besides itself. `dsjax.X` stands for all inside it.
 FLOORS = {
     "pallas_kernels": (),
-    "sharding": (),
+    "sharding": ("pallas_kernels",),
     "dsjax": (),
     "dsjax.config": (),
     "dsjax.state": (),
     "configs": ("dsjax.config",),
-    "dsjax.precision": ("pallas_kernels",),
+    "dsjax.precision": ("dsjax.config", "pallas_kernels"),
     "dsjax.nn": ("dsjax.config", "dsjax.precision", "sharding", "pallas_kernels"),
 }
 FLOORS["dsjax.model"] = (*FLOORS["dsjax.nn"], "dsjax.nn", "dsjax.state")
 MODEL = (*FLOORS["dsjax.model"], "dsjax.model")
 FLOORS |= {f"dsjax.{room}": MODEL for room in ("train", "infer", "data", "plan", "hub")}
+FLOORS["dsjax.claims"] = ("dsjax.config", "dsjax.train")
 FLOORS["dsjax.posttrain"] = (*MODEL, "dsjax.infer", "dsjax.train")
 # What rooms that stand beside each other have opened to one another.
 DOORS = {
