@@ -185,10 +185,11 @@ def _rows_times_weights_kernel(starts, group, tile, read, x, w, y, *, n_groups, 
         )
         return product(x[rows], weights, contract)
 
-    write(y, values, group[step] < n_groups, begin, end, x.shape[1])
+    strips = functools.partial(in_strips, k=x.shape[1], n=y.shape[1])
+    write(y, values, group[step] < n_groups, begin, end, strips)
 
 
-def write(y, values, multiplied, begin, end, k: int, elements: int | None = None) -> None:
+def write(y, values, multiplied, begin, end, strips) -> None:
     """Writes values(rows, columns) for the group's rows of a tile, zeros if they are not multiplied, strip by strip."""
 
     def zeros(rows, columns):
@@ -202,19 +203,30 @@ def write(y, values, multiplied, begin, end, k: int, elements: int | None = None
         y[rows, columns] = jnp.where(between(begin, end, rows), new, y[rows, columns])
 
     for when, these in ((multiplied, values), (~multiplied, zeros)):
-        whole, part = (in_strips(functools.partial(f, these), k, y.shape[1], elements) for f in (put, put_own))
+        whole, part = (strips(functools.partial(f, these)) for f in (put, put_own))
         by_parts(when, begin, end, y.shape[0], whole, part)
 
 
-def in_strips(put, k: int, n: int, elements: int | None = None):
-    """put(rows, columns) for strips of columns, of so many `elements` of [k, n], one after the other."""
+def in_strips(put, k: int, n: int, elements: int | None = None, height: int | None = None):
+    """put(rows, columns) for strips one after the other: of so many `elements` of [k, n], and `height` rows at most."""
 
     def put_all(rows):
-        most = max(128, (elements or STRIP) // k)
-        size = next((size for size in (2048, 1024, 512, 256, 128) if size <= most and n % size == 0), n)
-        lax.fori_loop(0, n // size, lambda i, _: put(rows, pl.ds(pl.multiple_of(i * size, size), size)), None)
+        width = largest(n, max(128, (elements or STRIP) // k))
+        tall = largest(rows.size, height or rows.size)
+
+        def put_one(i, _):
+            column, row = lax.div(i, rows.size // tall), lax.rem(i, rows.size // tall)
+            at = pl.ds(rows.start + pl.multiple_of(row * tall, tall), tall) if tall < rows.size else rows
+            put(at, pl.ds(pl.multiple_of(column * width, width), width))
+
+        lax.fori_loop(0, n // width * (rows.size // tall), put_one, None)
 
     return put_all
+
+
+def largest(n: int, most: int) -> int:
+    """The largest power of two from 128 to 2048 that is at most `most` and divides n; n if there is none."""
+    return next((size for size in (2048, 1024, 512, 256, 128) if size <= most and n % size == 0), n)
 
 
 def _rows_times_rows(x, dy, group_sizes, tiles: Tiles, dtype, interpret):
@@ -248,14 +260,17 @@ def _rows_times_rows_kernel(starts, group, tile, x, dy, dw, total):
     def add(rows, own):
         both = x[rows], dy[rows]
         if own is not None:
-            both = (jnp.where(own, a, jnp.zeros((), a.dtype)) for a in both)
+            both = (jnp.where(own(rows), a, jnp.zeros((), a.dtype)) for a in both)
         total[...] += product(*both, (((0,), (0,)), ((), ())))
 
     sum_rows(starts, group, tile, x.shape[0], dw, total, add)
 
 
-def sum_rows(starts, group, tile, n_rows: int, dw, total, add) -> None:
-    """Writes dw when a group's rows have passed: add(rows, own) adds to total those that are `own`, all if None."""
+def sum_rows(starts, group, tile, n_rows: int, dw, total, add, part: int | None = None) -> None:
+    """Writes dw when a group's rows have passed: add(rows, own) adds to total those of which own(rows), all if None.
+
+    part: rows added at once in a tile that groups share; EDGE if not given.
+    """
     step, n_steps = pl.program_id(2), pl.num_programs(2)
     mine = group[step]
     begin, end = own_rows(starts, mine, tile[step], n_rows)
@@ -265,9 +280,9 @@ def sum_rows(starts, group, tile, n_rows: int, dw, total, add) -> None:
         total[...] = jnp.zeros_like(total)
 
     def add_own(rows):
-        add(rows, between(begin, end, rows))
+        add(rows, functools.partial(between, begin, end))
 
-    by_parts(True, begin, end, n_rows, lambda rows: add(rows, None), add_own)
+    by_parts(True, begin, end, n_rows, lambda rows: add(rows, None), add_own, part)
 
     @pl.when((step == n_steps - 1) | (group[jnp.minimum(step + 1, n_steps - 1)] != mine))
     def _():
@@ -284,16 +299,16 @@ def between(begin, end, rows):
     return (place >= begin) & (place < end)
 
 
-def by_parts(when, begin, end, n_rows: int, whole, part) -> None:
-    """whole(rows) for a tile that is all the group's; else part(rows) for each part in which the group has rows."""
+def by_parts(when, begin, end, n_rows: int, whole, part, size: int | None = None) -> None:
+    """whole(rows) for a tile that is all the group's; else part(rows) for each `size` in which the group has rows."""
     all_own = (begin <= 0) & (end >= n_rows)
     pl.when(when & all_own)(lambda: whole(pl.ds(0, n_rows)))
 
     @pl.when(when & ~all_own)
     def _():
-        size = min(EDGE, n_rows)
-        first, stop = lax.div(jnp.maximum(begin, 0), size), lax.div(jnp.minimum(end, n_rows) + size - 1, size)
-        lax.fori_loop(first, stop, lambda i, _: part(pl.ds(i * size, size)), None)
+        n = min(size or EDGE, n_rows)
+        first, stop = lax.div(jnp.maximum(begin, 0), n), lax.div(jnp.minimum(end, n_rows) + n - 1, n)
+        lax.fori_loop(first, stop, lambda i, _: part(pl.ds(i * n, n)), None)
 
 
 def product(a, b, contract):

@@ -32,6 +32,7 @@ class Chip(NamedTuple):
 CHIPS = {"7x": Chip(512, True)}  # by JAX's name of the version
 _OTHERS = Chip(None, False)
 _CHUNK = 128  # rows of weights converted at a time
+_HEIGHT = 256  # rows of a result that is scaled block by block at a time: what the compiler schedules best
 _OVER_ROWS = ((0,), (0,)), ((), ())
 _UNIT = 16.0  # of what chips that do not convert E4M3 read as it
 
@@ -229,7 +230,8 @@ def choose_gradient_tiles(m: int, k: int, n: int, itemsize: int, native: bool, s
 def _block(size: int, n: int, axis: str) -> int:
     """Length of the tiles along an axis of n values, n where there is but one."""
     if size < n and size % unscaled.EDGE:
-        raise ValueError(f"scaled matmul on TPUs: tiles of {size} values along {axis}={n}; expected a multiple of 128")
+        expected = f"a multiple of {unscaled.EDGE}"
+        raise ValueError(f"scaled matmul on TPUs: tiles of {size} values along {axis}={n}; expected {expected}")
     return min(size, n)
 
 
@@ -242,11 +244,12 @@ def _native_matmul_kernel(starts, group, tile, read, x, x_scales, w, w_scales, y
         total = None
         for b, at in _blocks(x.shape[1], size):
             block = unscaled.product(x[rows, at], w[columns, at] if transposed else w[at, columns], contract)
-            block *= x_scales[rows, b : b + 1] * w_scales[b : b + 1, columns]
+            block = block * x_scales[rows, b : b + 1] * w_scales[b : b + 1, columns]
             total = block if total is None else total + block
         return total
 
-    unscaled.write(y, values, group[step] < n_groups, begin, end, x.shape[1])
+    strips = functools.partial(unscaled.in_strips, k=x.shape[1], n=y.shape[1], height=_HEIGHT)
+    unscaled.write(y, values, group[step] < n_groups, begin, end, strips)
 
 
 def _converting_matmul_kernel(
@@ -275,41 +278,50 @@ def _converting_matmul_kernel(
             contract,
         )
 
-    unscaled.write(y, values, mine < n_groups, begin, end, x.shape[1], 2 * unscaled.STRIP)
+    strips = functools.partial(unscaled.in_strips, k=x.shape[1], n=y.shape[1], elements=2 * unscaled.STRIP)
+    unscaled.write(y, values, mine < n_groups, begin, end, strips)
 
 
 def _native_gradient_kernel(starts, group, tile, x, x_scales, dy, dy_scales, dw, total, *, size):
-    def add(rows, own):
-        for i, (at, x_scale, dy_scale) in enumerate(_rows_by_scale(rows, size, x_scales, dy_scales)):
-            both = x[at], dy[at]
-            if own is not None:
-                mine = own[i * at.size : (i + 1) * at.size]
-                both = (jnp.where(mine, a.astype(jnp.float32), 0).astype(a.dtype) for a in both)
-            column = jnp.broadcast_to(x_scale, (8, x_scale.shape[1])).T[:, :1]
-            total[...] += unscaled.product(*both, _OVER_ROWS) * (column * dy_scale)
+    depth, width = unscaled.largest(total.shape[0], 512), unscaled.largest(total.shape[1], 1024)
 
-    unscaled.sum_rows(starts, group, tile, x.shape[0], dw, total, add)
+    def add(rows, own):
+        def strip(i, _):
+            n = total.shape[1] // width
+            down = pl.ds(pl.multiple_of(lax.div(i, n) * depth, depth), depth)
+            across = pl.ds(pl.multiple_of(lax.rem(i, n) * width, width), width)
+            added = total[down, across]
+            for at, scale in _rows_by_scale(rows, size, x_scales.shape[0]):
+                both = x[at, down], dy[at, across]
+                if own is not None:
+                    both = (jnp.where(own(at), a.astype(jnp.float32), 0).astype(a.dtype) for a in both)
+                column = jnp.broadcast_to(x_scales[scale, down], (8, depth)).T[:, :1]
+                added += unscaled.product(*both, _OVER_ROWS) * column * dy_scales[scale, across]
+            total[down, across] = added
+
+        lax.fori_loop(0, total.shape[0] // depth * (total.shape[1] // width), strip, None)
+
+    unscaled.sum_rows(starts, group, tile, x.shape[0], dw, total, add, x.shape[0])
 
 
 def _converting_gradient_kernel(starts, group, tile, x, x_scales, dy, dy_scales, dw, total, *, size, converts):
     def add(rows, own):
         def converted(values, scales):
-            parts = [_float32(values[at], converts) * scale for at, scale in _rows_by_scale(rows, size, scales)]
-            values = jnp.concatenate(parts)
-            return (values if own is None else jnp.where(own, values, 0)).astype(jnp.bfloat16)
+            by_scale = _rows_by_scale(rows, size, scales.shape[0])
+            values = jnp.concatenate([_float32(values[at], converts) * scales[scale] for at, scale in by_scale])
+            return (values if own is None else jnp.where(own(rows), values, 0)).astype(jnp.bfloat16)
 
         total[...] += unscaled.product(converted(x, x_scales), converted(dy, dy_scales), _OVER_ROWS)
 
-    unscaled.sum_rows(starts, group, tile, x.shape[0], dw, total, add)
+    unscaled.sum_rows(starts, group, tile, x.shape[0], dw, total, add, x.shape[0])
 
 
-def _rows_by_scale(rows, size: int, *scales):
-    """(those of a tile's rows that share scales, these scales [1, n] of each), for scales every `size` rows."""
+def _rows_by_scale(rows, size: int, n_scales: int):
+    """(those of a tile's rows that share scales, the row of these), of n_scales, one for every `size` rows."""
     step = min(size, rows.size)
     for i in range(rows.size // step):
         at = pl.ds(rows.start + i * step, step)
-        row = pl.ds(at.start // size if scales[0].shape[0] > 1 else 0, 1)
-        yield at, *(a[row] for a in scales)
+        yield at, pl.ds(at.start // size if n_scales > 1 else 0, 1)
 
 
 def _blocks(n: int, size: int):
