@@ -19,7 +19,7 @@ from pallas_kernels.grouped_matmul_tpu import walk
 from pallas_kernels.quantise import Quantised, dequantise, length, spread
 from pallas_kernels.scaled_matmul_tpu import pallas_gradient, pallas_matmul
 
-IMPLEMENTATION_BY_PLATFORM = {"cpu": "emulated", "tpu": "dequantised", "gpu": "dequantised"}
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "emulated", "tpu": "pallas_tpu", "gpu": "dequantised"}
 
 
 def scaled_matmul(

@@ -67,45 +67,38 @@ def pallas_matmul(
         x_scales, scales = x_scales * _UNIT, scales * _UNIT
     scales = jnp.swapaxes(scales, 1, 2) if transposed else scales
     scales = spread(scales, w.tile.rows if transposed else w.tile.columns, n)  # [E, blocks, N]
-    if transposed and not native:
-        scales = jnp.swapaxes(scales, 1, 2)  # they multiply weights as they lie
+    scales_transposed = transposed and not native  # to multiply weights as they lie
+    if scales_transposed:
+        scales = jnp.swapaxes(scales, 1, 2)
     n_groups, plan = group_sizes.shape[0], walk(group_sizes, m, tiles.rows, empty=False)
 
-    def weights(*shape, on_columns):
+    def of_rows(size):
+        return pl.BlockSpec((tiles.rows, size), lambda j, s, starts, group, tile, read: (read[s], 0))
+
+    def of_weights(size, transposed):
         def at(j, s, starts, group, tile, read):
             expert = jnp.minimum(group[s], n_groups - 1)
-            return (expert, j, 0) if on_columns == 0 else (expert, 0, j)
+            return (expert, j, 0) if transposed else (expert, 0, j)
 
+        shape = (tiles.columns, size) if transposed else (size, tiles.columns)
         return pl.BlockSpec((pl.squeezed, *shape), at)
 
-    def rows(n):
-        return pl.BlockSpec((tiles.rows, n), lambda j, s, starts, group, tile, read: (read[s], 0))
-
-    shape = (tiles.columns, k) if transposed else (k, tiles.columns)
-    blocks = x_scales.shape[1]
-    scale_rows = native or not transposed
+    blocks, copy = x_scales.shape[1], (tiles.columns, k) if transposed else (k, tiles.columns)
+    kernel = _native_matmul_kernel if native else functools.partial(_converting_matmul_kernel, converts=chip.converts)
     return pl.pallas_call(
-        functools.partial(
-            _native_matmul_kernel if native else _converting_matmul_kernel,
-            n_groups=n_groups,
-            size=size,
-            transposed=transposed,
-            **({} if native else {"converts": chip.converts}),
-        ),
+        functools.partial(kernel, n_groups=n_groups, size=size, transposed=transposed),
         out_shape=jax.ShapeDtypeStruct((m, n), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(n, tiles.columns), plan.n_steps),
             in_specs=[
-                rows(k),
-                rows(blocks),
-                weights(*shape, on_columns=0 if transposed else 1),
-                weights(blocks, tiles.columns, on_columns=1)
-                if scale_rows
-                else weights(tiles.columns, blocks, on_columns=0),
+                of_rows(k),
+                of_rows(blocks),
+                of_weights(k, transposed),
+                of_weights(blocks, scales_transposed),
             ],
             out_specs=pl.BlockSpec((tiles.rows, tiles.columns), lambda j, s, starts, group, tile, read: (tile[s], j)),
-            scratch_shapes=[] if native else [pltpu.VMEM(shape, jnp.bfloat16)],
+            scratch_shapes=[] if native else [pltpu.VMEM(copy, jnp.bfloat16)],
         ),
         compiler_params=unscaled.parameters("parallel", "arbitrary"),
         cost_estimate=unscaled.cost(m, k, n, x.values, values),
