@@ -1,15 +1,17 @@
-"""Kernels for TPUs without a TPU: the grouped matmul by ours, JAX's megablox and XLA's ragged_dot, and the attention of
-decoding by ours and XLA, compiled down to their last schedule, and read there; prints JSON.
+"""Kernels for TPUs without a TPU: the grouped matmul by ours, JAX's megablox and XLA's ragged_dot, ours in FP8, and the
+attention of decoding by ours and XLA, compiled down to their last schedule, and read there; prints JSON.
 
     python -m benchmarks.kernels --kernel grouped_matmul --aot v6e --aot v5p --out benchmarks/results/kernels_aot.json
+    python -m benchmarks.kernels --kernel scaled_matmul --out benchmarks/results/kernels_aot_fp8.json
     python -m benchmarks.kernels --kernel latent_attention --out benchmarks/results/latent_attention_aot.json
 
 Of each kernel: the bundles (cycles, if nothing is waited for) and matmul instructions of the piece of program with most
 matmuls, what share of those cycles the matrix units must be busy (`mxu`: four cycles an instruction, from the published
-peak; 1 where that is more than the bundles), spilled registers, and CPU seconds to compile. Of our attention the piece
-is a block of entries with its mask, which only a row's end needs. Of attention also the bytes of HBM that the compiler
-counts (of our kernel those it states: arguments and result once) and those of temporaries, copies included. Nothing is
-run or timed on a TPU. Needs libtpu (`pip install 'dsjax[plan]'`).
+peak; 1 where that is more than the bundles), its `time` by these cycles, over that of matrix units always busy with
+bfloat16 (an instruction on E4M3 does twice as much), spilled registers, and CPU seconds to compile. Of our attention
+the piece is a block of entries with its mask, which only a row's end needs. Of attention also the bytes of HBM that the
+compiler counts (of our kernel those it states: arguments and result once) and those of temporaries, copies included.
+Nothing is run or timed on a TPU. Needs libtpu (`pip install 'dsjax[plan]'`).
 """
 
 import argparse
@@ -32,24 +34,37 @@ from dsjax.plan.compile import ENVIRONMENT
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SHAPES = {
     "grouped_matmul": ["16,16384,7168,2048", "16,16384,2048,7168"],  # experts, rows, K, N: DeepSeek-V3's two
+    "scaled_matmul": ["16,16384,7168,4096", "16,16384,2048,7168"],
     "latent_attention": ["64,128,512,64,8192"],  # B, H, C, R, S: DeepSeek-V3's
 }
 MATMUL_CYCLES = 4
 
 
 def schedule(text: str) -> dict[str, int]:
-    """Bundles, matmuls and spills of a program: those of the piece, between two jumps, with most matmuls."""
+    """Bundles, matmuls and spills of a program: those of the piece, between two jumps, with most matmuls.
+
+    Of several with as many it is the shortest, which masks no rows.
+    """
     best, begin, matmuls, address = (0, 0), 0, 0, 0
     for line in text.splitlines():
         if not (found := re.match(r" *(0x[0-9a-f]+|0) +(L[HBE]|P[BF]|CT)?: ?", line)):
             continue
         address = int(found[1], 16)
         if found[2] and address:
-            best = max(best, (matmuls, address - begin))
+            best = max(best, (matmuls, begin - address))
             begin, matmuls = address, 0
         matmuls += len(re.findall(r"vmatmul|vmatmsk|matmul\.m", line))
-    matmuls, bundles = max(best, (matmuls, address - begin))
-    return {"bundles": bundles, "matmuls": matmuls, "spills": text.count("_spill]"), "all_bundles": address}
+    matmuls, bundles = max(best, (matmuls, begin - address))
+    bundles = max(1, -bundles)
+    busy = max(1, MATMUL_CYCLES * matmuls)
+    return {
+        "bundles": bundles,
+        "matmuls": matmuls,
+        "mxu": round(min(1.0, busy / bundles), 3),
+        "time": round(max(bundles, busy) / busy / (2 if re.search(r"vmatmul\S*f8e4m3", text) else 1), 3),
+        "spills": text.count("_spill]"),
+        "all_bundles": address,
+    }
 
 
 class Case(NamedTuple):
@@ -58,7 +73,7 @@ class Case(NamedTuple):
     implementation: str
     direction: str
     function: Callable
-    arguments: list[tuple]  # shape and dtype
+    arguments: tuple  # trees of shapes and dtypes
     options: dict | None = None
 
 
@@ -75,7 +90,7 @@ def grouped_matmul(e: int, m: int, k: int, n: int) -> Iterator[Case]:
     def xla(x, w, sizes):
         return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=x.dtype)
 
-    arguments = [((m, k), jnp.bfloat16), ((e, k, n), jnp.bfloat16), ((m, n), jnp.bfloat16), ((e,), jnp.int32)]
+    arguments = *_bfloat16((m, k), (e, k, n), (m, n)), jax.ShapeDtypeStruct((e,), jnp.int32)
     for name, matmul in (("ours", pallas_tpu), ("megablox", megablox), ("xla", xla)):
         directions = {
             "forward": lambda x, w, dy, s, f=matmul: f(x, w, s),
@@ -87,18 +102,56 @@ def grouped_matmul(e: int, m: int, k: int, n: int) -> Iterator[Case]:
             yield Case(name, direction, function, arguments, options)
 
 
+def scaled_matmul(e: int, m: int, k: int, n: int) -> Iterator[Case]:
+    """With blocks of 128 and of 512 values that are summed over."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import scaled_matmul as scaled
+    from pallas_kernels.quantise import Tile, quantise
+
+    x, w, dy = _bfloat16((m, k), (e, k, n), (m, n))
+    sizes, options = jax.ShapeDtypeStruct((e,), jnp.int32), {"implementation": "pallas_tpu"}
+
+    def quantised(a, *tile):
+        return jax.eval_shape(lambda a: quantise(a, Tile(*tile), implementation="reference"), a)
+
+    def forward(x, w, s):
+        return scaled.scaled_matmul(x, w, s, **options)
+
+    def dx(dy, w, s):
+        return scaled.scaled_matmul(dy, w, s, transposed=True, **options)
+
+    def dw(x, dy, s):
+        return scaled.scaled_gradient(x, dy, s, **options)
+
+    for size, columns in ((128, 128), (512, 1)):
+        name = f"fp8 {size}"
+        yield Case(name, "forward", forward, (quantised(x, 1, size), quantised(w, size, columns), sizes))
+        yield Case(name, "dx", dx, (quantised(dy, 1, size), quantised(w, columns, size), sizes))
+        yield Case(name, "dw", dw, (quantised(x, size, 1), quantised(dy, size, 1), sizes))
+
+
 def latent_attention(b: int, h: int, c: int, r: int, s: int) -> Iterator[Case]:
+    import jax
     import jax.numpy as jnp
 
     from pallas_kernels.latent_attention import pallas_tpu, reference
 
-    arguments = [(shape, jnp.bfloat16) for shape in ((b, 1, h, c), (b, 1, h, r), (b, s, c), (b, s, r))]
-    arguments.append(((b,), jnp.int32))
+    shapes = (b, 1, h, c), (b, 1, h, r), (b, s, c), (b, s, r)
+    arguments = *_bfloat16(*shapes), jax.ShapeDtypeStruct((b,), jnp.int32)
     for name, attend in (("ours", pallas_tpu), ("xla", reference)):
         yield Case(name, "decode", functools.partial(attend, scale=0.1), arguments)
 
 
-KERNELS = {"grouped_matmul": grouped_matmul, "latent_attention": latent_attention}
+KERNELS = {f.__name__: f for f in (grouped_matmul, scaled_matmul, latent_attention)}
+
+
+def _bfloat16(*shapes: tuple[int, ...]) -> list:
+    import jax
+    import jax.numpy as jnp
+
+    return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
 
 def compile_all(chip: str, kernel: str, shapes: list[str]) -> list[dict]:
@@ -118,7 +171,9 @@ def compile_all(chip: str, kernel: str, shapes: list[str]) -> list[dict]:
             for file in dump.iterdir():
                 file.unlink()
             row = {"chip": chip, "shape": shape, "implementation": case.implementation, "direction": case.direction}
-            arguments = (jax.ShapeDtypeStruct(*argument, sharding=sharding) for argument in case.arguments)
+            arguments = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), case.arguments
+            )
             started = time.process_time()
             try:
                 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -129,8 +184,7 @@ def compile_all(chip: str, kernel: str, shapes: list[str]) -> list[dict]:
             seconds = time.process_time() - started
             files = [path for path in dump.glob("*final_bundles.txt") if "schedule" not in path.name]
             found = max((schedule(path.read_text()) for path in files), key=lambda s: s["matmuls"])
-            mxu = min(1.0, MATMUL_CYCLES * found["matmuls"] / found["bundles"])
-            row |= found | {"mxu": round(mxu, 3), "compile_cpu_s": round(seconds, 1)}
+            row |= found | {"compile_cpu_s": round(seconds, 1)}
             if kernel == "latent_attention":
                 row["hbm_bytes"] = int(compiled.cost_analysis()["bytes accessed"])
                 row["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes

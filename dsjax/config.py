@@ -260,7 +260,7 @@ class ComputeConfig:
         "auto", description="implementation of the expert matmul; auto chooses by platform"
     )
     scaled_matmul: Literal["auto", "emulated", "dequantised", "pallas_tpu", "pallas_gpu"] = Field(
-        "auto", description="implementation of FP8 matmuls; auto chooses by platform"
+        "auto", description="implementation of FP8 matmuls and quantisation; auto chooses by platform"
     )
     attention: Literal["auto", "blocks", "splash"] = Field(
         "auto", description="implementation of attention in training and prefill; auto chooses by platform"

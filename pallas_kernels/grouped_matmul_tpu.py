@@ -18,14 +18,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 VMEM_BYTES = 64 << 20  # of a core of v5p and tpu7x; v5e and v6e have twice as much
-_USED = 0.75  # of it for the tiles: the rest is for what the compiler keeps beside them
-_BALANCE = 560  # FLOPs of bfloat16 a byte of HBM: v6e's, the highest of the four
-_EDGE = 128  # rows multiplied at once in a tile that groups share
+USED = 0.75  # of it for the tiles: the rest is for what the compiler keeps beside them
+BALANCE = 560  # FLOPs of bfloat16 a byte of HBM: v6e's, the highest of the four
+EDGE = 128  # rows multiplied at once in a tile that groups share
 
 
-_STRIP = (
-    1 << 22
-)  # elements of a tile's weights multiplied by one piece of program; it grows with them, and compiles longer
+STRIP = 1 << 22  # elements of a tile's weights that one piece of program multiplies; compiling takes longer with more
 
 
 class Tiles(NamedTuple):
@@ -71,14 +69,14 @@ def choose_tiles(m: int, k: int, n: int, itemsize: int) -> Tiles:
     """The tiles of [m, k] x [k, n] that take the least time by a roofline, of those that fit."""
 
     def time(rows, columns):  # 1 is that of the products; x is read for each block of columns, weights and results once
-        moved = _BALANCE * itemsize / 2 * (1 / columns + 1 / k)
-        return (max(1.0, moved) + 0.03 * 512 / rows) * _padded(n, columns)
+        moved = BALANCE * itemsize / 2 * (1 / columns + 1 / k)
+        return (max(1.0, moved) + 0.03 * 512 / rows) * padded(n, columns)
 
     candidates = [
         (time(rows, columns), Tiles(rows, columns))
-        for rows in _sizes(_whole_parts(m), 512, 16)
-        for columns in _sizes(n, 2048, 128)
-        if (2 * (rows * k + k * columns + rows * columns) * itemsize + 4 * rows * columns) <= _USED * VMEM_BYTES
+        for rows in sizes(whole_parts(m), 512, 16)
+        for columns in sizes(n, 2048, 128)
+        if (2 * (rows * k + k * columns + rows * columns) * itemsize + 4 * rows * columns) <= USED * VMEM_BYTES
     ]
     if not candidates:
         raise ValueError(f"grouped matmul: no tile of [{m}, {k}] x [{k}, {n}] fits {VMEM_BYTES >> 20} MiB of VMEM")
@@ -88,26 +86,26 @@ def choose_tiles(m: int, k: int, n: int, itemsize: int) -> Tiles:
 def choose_gradient_tiles(m: int, k: int, n: int, itemsize: int) -> Tiles:
     """The tiles of [m, k]T x [m, n] for which least is read, of those that fit."""
     candidates = [
-        ((1 / depth + 1 / columns) * _padded(k, depth) * _padded(n, columns), -rows, Tiles(rows, columns, depth))
-        for rows in _sizes(_whole_parts(m), 512, 16)
-        for depth in _sizes(k, 2048, 128)
-        for columns in _sizes(n, 2048, 128)
-        if 2 * (rows * (depth + columns) + depth * columns) * itemsize + 8 * depth * columns <= _USED * VMEM_BYTES
+        ((1 / depth + 1 / columns) * padded(k, depth) * padded(n, columns), -rows, Tiles(rows, columns, depth))
+        for rows in sizes(whole_parts(m), 512, 16)
+        for depth in sizes(k, 2048, 128)
+        for columns in sizes(n, 2048, 128)
+        if 2 * (rows * (depth + columns) + depth * columns) * itemsize + 8 * depth * columns <= USED * VMEM_BYTES
     ]
     return min(candidates)[2]
 
 
-def _padded(n: int, tile: int) -> float:
+def padded(n: int, tile: int) -> float:
     """How many times n the tiles over it are."""
     return -(-n // tile) * tile / n
 
 
-def _whole_parts(m: int) -> int:
-    part = _EDGE if m > _EDGE else 32  # 32 rows of any format fill whole registers
+def whole_parts(m: int) -> int:
+    part = EDGE if m > EDGE else 32  # 32 rows of any format fill whole registers
     return -(-m // part) * part
 
 
-def _sizes(n: int, most: int, least: int) -> list[int]:
+def sizes(n: int, most: int, least: int) -> list[int]:
     """Powers of two from `least` to `most` that are less than n; n itself too, if it is at most `most`."""
     powers = [1 << i for i in range(least.bit_length() - 1, most.bit_length())]
     return [size for size in powers if size < n] + ([n] if n <= most else [])
@@ -170,8 +168,8 @@ def _rows_times_weights(x, w, group_sizes, tiles: Tiles, transposed: bool, inter
             ],
             out_specs=pl.BlockSpec((tiles.rows, tiles.columns), lambda j, s, starts, group, tile, read: (tile[s], j)),
         ),
-        compiler_params=_parameters("parallel", "arbitrary"),
-        cost_estimate=_cost(m, k, n, x, w),
+        compiler_params=parameters("parallel", "arbitrary"),
+        cost_estimate=cost(m, k, n, x, w),
         interpret=interpret,
         name="grouped_matmul_transposed" if transposed else "grouped_matmul",
     )(*plan[:4], x, w)
@@ -179,37 +177,56 @@ def _rows_times_weights(x, w, group_sizes, tiles: Tiles, transposed: bool, inter
 
 def _rows_times_weights_kernel(starts, group, tile, read, x, w, y, *, n_groups, transposed):
     step = pl.program_id(1)
-    begin, end = _own_rows(starts, group[step], tile[step], y.shape[0])
+    begin, end = own_rows(starts, group[step], tile[step], y.shape[0])
 
-    def product(rows, columns):
+    def values(rows, columns):
         weights, contract = (
             (w[columns], (((1,), (1,)), ((), ()))) if transposed else (w[:, columns], (((1,), (0,)), ((), ())))
         )
-        return _product(x[rows], weights, contract).astype(y.dtype)
+        return product(x[rows], weights, contract)
+
+    strips = functools.partial(in_strips, k=x.shape[1], n=y.shape[1])
+    write(y, values, group[step] < n_groups, begin, end, strips)
+
+
+def write(y, values, multiplied, begin, end, strips) -> None:
+    """Writes values(rows, columns) for the group's rows of a tile, zeros if they are not multiplied, strip by strip."""
 
     def zeros(rows, columns):
         return jnp.zeros((rows.size, columns.size), y.dtype)
 
     def put(values, rows, columns):
-        y[rows, columns] = values(rows, columns)
+        y[rows, columns] = values(rows, columns).astype(y.dtype)
 
     def put_own(values, rows, columns):
-        y[rows, columns] = jnp.where(_between(begin, end, rows), values(rows, columns), y[rows, columns])
+        new = values(rows, columns).astype(y.dtype)
+        y[rows, columns] = jnp.where(between(begin, end, rows), new, y[rows, columns])
 
-    for when, values in ((group[step] < n_groups, product), (group[step] == n_groups, zeros)):
-        whole, part = (_in_strips(functools.partial(f, values), x.shape[1], y.shape[1]) for f in (put, put_own))
-        _by_parts(when, begin, end, y.shape[0], whole, part)
+    for when, these in ((multiplied, values), (~multiplied, zeros)):
+        whole, part = (strips(functools.partial(f, these)) for f in (put, put_own))
+        by_parts(when, begin, end, y.shape[0], whole, part)
 
 
-def _in_strips(put, k: int, n: int):
-    """put(rows, columns) for strips of columns, one after the other."""
+def in_strips(put, k: int, n: int, elements: int | None = None, height: int | None = None):
+    """put(rows, columns) for strips one after the other: of so many `elements` of [k, n], and `height` rows at most."""
 
     def put_all(rows):
-        most = max(128, _STRIP // k)
-        size = next((size for size in (2048, 1024, 512, 256, 128) if size <= most and n % size == 0), n)
-        lax.fori_loop(0, n // size, lambda i, _: put(rows, pl.ds(pl.multiple_of(i * size, size), size)), None)
+        width = largest(n, max(128, (elements or STRIP) // k))
+        tall = largest(rows.size, height or rows.size)
+
+        def put_one(i, _):
+            column, row = lax.div(i, rows.size // tall), lax.rem(i, rows.size // tall)
+            at = pl.ds(rows.start + pl.multiple_of(row * tall, tall), tall) if tall < rows.size else rows
+            put(at, pl.ds(pl.multiple_of(column * width, width), width))
+
+        lax.fori_loop(0, n // width * (rows.size // tall), put_one, None)
 
     return put_all
+
+
+def largest(n: int, most: int) -> int:
+    """The largest power of two from 128 to 2048 that is at most `most` and divides n; n if there is none."""
+    return next((size for size in (2048, 1024, 512, 256, 128) if size <= most and n % size == 0), n)
 
 
 def _rows_times_rows(x, dy, group_sizes, tiles: Tiles, dtype, interpret):
@@ -232,68 +249,77 @@ def _rows_times_rows(x, dy, group_sizes, tiles: Tiles, dtype, interpret):
             ),
             scratch_shapes=[pltpu.VMEM((tiles.depth, tiles.columns), jnp.float32)],
         ),
-        compiler_params=_parameters("parallel", "parallel", "arbitrary"),
-        cost_estimate=_cost(m, k, n, x, dy),
+        compiler_params=parameters("parallel", "parallel", "arbitrary"),
+        cost_estimate=cost(m, k, n, x, dy),
         interpret=interpret,
         name="grouped_matmul_gradient",
     )(*plan[:3], x, dy)
 
 
 def _rows_times_rows_kernel(starts, group, tile, x, dy, dw, total):
+    def add(rows, own):
+        both = x[rows], dy[rows]
+        if own is not None:
+            both = (jnp.where(own(rows), a, jnp.zeros((), a.dtype)) for a in both)
+        total[...] += product(*both, (((0,), (0,)), ((), ())))
+
+    sum_rows(starts, group, tile, x.shape[0], dw, total, add)
+
+
+def sum_rows(starts, group, tile, n_rows: int, dw, total, add, part: int | None = None) -> None:
+    """Writes dw when a group's rows have passed: add(rows, own) adds to total those of which own(rows), all if None.
+
+    part: rows added at once in a tile that groups share; EDGE if not given.
+    """
     step, n_steps = pl.program_id(2), pl.num_programs(2)
     mine = group[step]
-    begin, end = _own_rows(starts, mine, tile[step], x.shape[0])
+    begin, end = own_rows(starts, mine, tile[step], n_rows)
 
     @pl.when((step == 0) | (group[jnp.maximum(step - 1, 0)] != mine))
     def _():
         total[...] = jnp.zeros_like(total)
 
-    def add(rows):
-        total[...] += _product(x[rows], dy[rows], (((0,), (0,)), ((), ())))
-
     def add_own(rows):
-        own = _between(begin, end, rows)
-        both = (jnp.where(own, a[rows], jnp.zeros((), a.dtype)) for a in (x, dy))
-        total[...] += _product(*both, (((0,), (0,)), ((), ())))
+        add(rows, functools.partial(between, begin, end))
 
-    _by_parts(True, begin, end, x.shape[0], add, add_own)
+    by_parts(True, begin, end, n_rows, lambda rows: add(rows, None), add_own, part)
 
     @pl.when((step == n_steps - 1) | (group[jnp.minimum(step + 1, n_steps - 1)] != mine))
     def _():
         dw[...] = total[...].astype(dw.dtype)
 
 
-def _own_rows(starts, group, tile, rows: int):
+def own_rows(starts, group, tile, rows: int):
     """Where in a tile the group's rows begin and end; beyond the tile, if it has more."""
     return starts[group] - tile * rows, starts[group + 1] - tile * rows
 
 
-def _between(begin, end, rows):
+def between(begin, end, rows):
     place = rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0)
     return (place >= begin) & (place < end)
 
 
-def _by_parts(when, begin, end, n_rows: int, whole, part) -> None:
-    """whole(rows) for a tile that is all the group's; else part(rows) for each part in which the group has rows."""
+def by_parts(when, begin, end, n_rows: int, whole, part, size: int | None = None) -> None:
+    """whole(rows) for a tile that is all the group's; else part(rows) for each `size` in which the group has rows."""
     all_own = (begin <= 0) & (end >= n_rows)
     pl.when(when & all_own)(lambda: whole(pl.ds(0, n_rows)))
 
     @pl.when(when & ~all_own)
     def _():
-        size = min(_EDGE, n_rows)
-        first, stop = lax.div(jnp.maximum(begin, 0), size), lax.div(jnp.minimum(end, n_rows) + size - 1, size)
-        lax.fori_loop(first, stop, lambda i, _: part(pl.ds(i * size, size)), None)
+        n = min(size or EDGE, n_rows)
+        first, stop = lax.div(jnp.maximum(begin, 0), n), lax.div(jnp.minimum(end, n_rows) + n - 1, n)
+        lax.fori_loop(first, stop, lambda i, _: part(pl.ds(i * n, n)), None)
 
 
-def _product(a, b, contract):
+def product(a, b, contract):
     exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(a, b, contract, precision=exact, preferred_element_type=jnp.float32)
 
 
-def _parameters(*semantics):
+def parameters(*semantics):
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=int(0.95 * VMEM_BYTES))
 
 
-def _cost(m, k, n, *operands):
+def cost(m, k, n, *operands):
     moved = sum(a.size * a.dtype.itemsize for a in operands)
     return pl.CostEstimate(flops=2 * m * k * n, bytes_accessed=moved, transcendentals=0)

@@ -2,7 +2,7 @@
 
 arXiv:2412.19437, section 3.3; reference section 5.2.
 
-`quantise` is the public function and chooses by platform, `reference` its definition.
+`quantise` is the public function and chooses by platform, `reference` its definition, `by_kernel` that for TPUs.
 """
 
 import functools
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
+
+from pallas_kernels import quantise_tpu
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of E4M3
@@ -49,8 +51,8 @@ def quantise(x: Float[Array, "*B R C"], tile: Tile, *, implementation: str = "au
     """x in E4M3, each tile over its own scale: its largest absolute value over 448, so that this becomes 448.
 
     In float32: the scale is the largest value times 1/448, and values are multiplied by one over the scale. NaN and
-    infinities become NaN, and count for no scale; zeros stay zeros. implementation: "auto" (by platform) or
-    "reference"; any other name raises ValueError.
+    infinities become NaN, and count for no scale; zeros stay zeros. implementation: "auto" (by platform), "reference",
+    "pallas_tpu" or "pallas_interpret" (the same kernel on any platform); any other name raises ValueError.
     """
     if implementation == "auto":
         implementation = IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
@@ -67,7 +69,7 @@ def dequantise(x: Quantised, dtype=jnp.float32) -> Float[Array, "*B R C"]:
 
 
 def reference(x: Float[Array, "*B R C"], tile: Tile) -> Quantised:
-    """The definition, which XLA makes one pass over x of."""
+    """The definition."""
     *_, r, c = x.shape
     by_tile = _tiles(x.astype(jnp.float32), tile)
     size = jnp.abs(by_tile)
@@ -75,6 +77,22 @@ def reference(x: Float[Array, "*B R C"], tile: Tile) -> Quantised:
     scales = scale_of(largest, tile.ue8m0)
     values = _untiled((by_tile * (1 / scales)).astype(E4M3), r, c)
     return Quantised(values, scales[..., 0, :, 0], tile)
+
+
+def by_kernel(x: Float[Array, "*B R C"], tile: Tile, interpret=False) -> Quantised:
+    """As `reference`, in one pass over x, for tiles that the kernel takes; others by the definition."""
+    rows, columns = (length(size, n) for size, n in zip((tile.rows, tile.columns), x.shape[-2:]))
+    if not quantise_tpu.takes(rows, columns, x.shape):
+        return reference(x, tile)
+
+    def one(x):
+        return quantise_tpu.pallas_tpu(
+            x, rows, columns, functools.partial(scale_of, ue8m0=tile.ue8m0), interpret=interpret
+        )
+
+    for _ in x.shape[:-2]:
+        one = jax.vmap(one)
+    return Quantised(*one(x), tile)
 
 
 def scale_of(largest: Float[Array, "*B"], ue8m0: bool) -> Float[Array, "*B"]:
@@ -110,5 +128,9 @@ def _untiled(x, r: int, c: int):
     return x.reshape(*batch, a * rows, b * columns)[..., :r, :c]
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference}
-IMPLEMENTATION_BY_PLATFORM = {"cpu": "reference", "tpu": "reference", "gpu": "reference"}
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": reference,
+    "pallas_tpu": by_kernel,
+    "pallas_interpret": functools.partial(by_kernel, interpret=True),
+}
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "reference"}

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.quantise import Quantised, Tile, dequantise, quantise
+from pallas_kernels import quantise as quantising
+from pallas_kernels.quantise import Quantised, Tile, dequantise
 from pallas_kernels.scaled_matmul import scaled_gradient, scaled_matmul
 
 
@@ -30,7 +31,7 @@ class Scaling:
     input_gradient: Product  # dy, w
     weight_gradient: Product  # x, dy
     kept: Tile | None  # x for the backward pass, and what goes into SwiGLU; None: x as it came
-    implementation: str = "auto"  # of the products
+    implementation: str = "auto"  # of the products, and of quantisation where that has one of the name
 
 
 def scaled_linears(
@@ -65,6 +66,11 @@ def scaled_swiglu(
     return _down(gate, up, row_weights, w_down, group_sizes, scaling, alignment)
 
 
+def _quantise(x, tile: Tile, scaling: Scaling) -> Quantised:
+    name = scaling.implementation if scaling.implementation in quantising.IMPLEMENTATIONS else "auto"
+    return quantising.quantise(x, tile, implementation=name)
+
+
 def _in_groups(x, group_sizes):
     """x with zeros for rows in no group, whose values are to count for no scale."""
     if group_sizes is None:
@@ -74,11 +80,11 @@ def _in_groups(x, group_sizes):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _linears(x, ws, group_sizes, scaling, alignment):
-    return _products(quantise(x, scaling.forward.left), x.dtype, ws, group_sizes, scaling, alignment)
+    return _products(_quantise(x, scaling.forward.left, scaling), x.dtype, ws, group_sizes, scaling, alignment)
 
 
 def _linears_forward(x, ws, group_sizes, scaling, alignment):
-    quantised = quantise(x, scaling.forward.left)
+    quantised = _quantise(x, scaling.forward.left, scaling)
     return _products(quantised, x.dtype, ws, group_sizes, scaling, alignment), (
         _kept(x, scaling, quantised),
         ws,
@@ -97,7 +103,7 @@ _linears.defvjp(_linears_forward, _linears_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _down(gate, up, row_weights, w, group_sizes, scaling, alignment):
     h = _swiglu(gate, up, row_weights)
-    return _products(quantise(h, scaling.forward.left), h.dtype, (w,), group_sizes, scaling, alignment)[0]
+    return _products(_quantise(h, scaling.forward.left, scaling), h.dtype, (w,), group_sizes, scaling, alignment)[0]
 
 
 def _down_forward(gate, up, row_weights, w, group_sizes, scaling, alignment):
@@ -127,7 +133,7 @@ def _swiglu(gate, up, row_weights):
 
 def _products(x: Quantised, dtype, ws, group_sizes, scaling: Scaling, alignment):
     options = {"dtype": dtype, "alignment": alignment, "implementation": scaling.implementation}
-    return tuple(scaled_matmul(x, quantise(w, scaling.forward.right), group_sizes, **options) for w in ws)
+    return tuple(scaled_matmul(x, _quantise(w, scaling.forward.right, scaling), group_sizes, **options) for w in ws)
 
 
 def _gradients(x, ws, dys, group_sizes, scaling: Scaling, alignment):
@@ -136,19 +142,29 @@ def _gradients(x, ws, dys, group_sizes, scaling: Scaling, alignment):
     of_dy, of_w = scaling.input_gradient
     options = {"alignment": alignment, "implementation": scaling.implementation}
     dx = sum(
-        scaled_matmul(quantise(dy, of_dy), quantise(w, of_w), group_sizes, transposed=True, dtype=dy.dtype, **options)
+        scaled_matmul(
+            _quantise(dy, of_dy, scaling),
+            _quantise(w, of_w, scaling),
+            group_sizes,
+            transposed=True,
+            dtype=dy.dtype,
+            **options,
+        )
         for dy, w in zip(dys, ws)
     )
     of_x, of_dy = scaling.weight_gradient
-    rows = quantise(x, of_x)
-    dws = (scaled_gradient(rows, quantise(dy, of_dy), group_sizes, dtype=w.dtype, **options) for dy, w in zip(dys, ws))
+    rows = _quantise(x, of_x, scaling)
+    dws = (
+        scaled_gradient(rows, _quantise(dy, of_dy, scaling), group_sizes, dtype=w.dtype, **options)
+        for dy, w in zip(dys, ws)
+    )
     return dx, tuple(dws)
 
 
 def _kept(x, scaling: Scaling, quantised: Quantised | None = None):
     if scaling.kept is None:
         return x
-    return quantised if quantised and quantised.tile == scaling.kept else quantise(x, scaling.kept)
+    return quantised if quantised and quantised.tile == scaling.kept else _quantise(x, scaling.kept, scaling)
 
 
 def _restored(kept):

@@ -6,6 +6,7 @@ arXiv:2412.19437, section 3.3.2; reference section 5.2.
 groups as in grouped_matmul.py. "emulated" is their definition, in the order of operations of the kernels.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -17,8 +18,9 @@ from pallas_kernels import grouped_matmul as unscaled
 from pallas_kernels import scaled_matmul_gpu as gpu
 from pallas_kernels.grouped_matmul_tpu import walk
 from pallas_kernels.quantise import Quantised, dequantise, length, spread
+from pallas_kernels.scaled_matmul_tpu import pallas_gradient, pallas_matmul
 
-IMPLEMENTATION_BY_PLATFORM = {"cpu": "emulated", "tpu": "dequantised", "gpu": "pallas_gpu"}
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "emulated", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 def scaled_matmul(
@@ -36,7 +38,8 @@ def scaled_matmul(
     Groups and rows in none of them are as in `grouped_matmul`. The tiles of x and w must be equally long along K: of
     each such block the product is scaled by row and by column and added to the sum, in float32; the sum is rounded to
     dtype. implementation: "auto" (by platform), "emulated", "dequantised" (operands times their scales rounded to
-    bfloat16, for chips without FP8) or "pallas_gpu" (Hopper; what it cannot multiply is dequantised, with a line in the
+    bfloat16, for chips without FP8), "pallas_tpu" (either of them, as the chip can), "pallas_interpret" (the same
+    kernels on any platform, slowly) or "pallas_gpu" (Hopper; what it cannot multiply is dequantised, with a line in the
     log); any other name raises ValueError, and so do tiles that do not fit. alignment: as in `grouped_matmul`.
     """
     along_x, along_w = x.tile.columns, w.tile.columns if transposed else w.tile.rows
@@ -45,9 +48,9 @@ def scaled_matmul(
     name = choose(implementation)
     if name == "pallas_gpu" and (sizes := _for_gpu(x, w, group_sizes)) is not None:
         w = w if group_sizes is not None else jax.tree.map(lambda a: a[None], w)
-        aligned = alignment % gpu.ALIGNMENT == 0 if group_sizes is not None else True
+        aligned = group_sizes is None or alignment % gpu.ALIGNMENT == 0
         return gpu.scaled_matmul_gpu(x, w, sizes, transposed, dtype, aligned)
-    return IMPLEMENTATIONS[name][0](x, w, group_sizes, transposed).astype(dtype)
+    return IMPLEMENTATIONS[name][0](x, w, group_sizes, transposed, dtype)
 
 
 def scaled_gradient(
@@ -71,7 +74,7 @@ def scaled_gradient(
     if name == "pallas_gpu" and aligned and (sizes := _for_gpu(x, dy, group_sizes)) is not None:
         dw = gpu.scaled_gradient_gpu(x, dy, sizes, dtype)
         return dw if group_sizes is not None else dw[0]
-    return IMPLEMENTATIONS[name][1](x, dy, group_sizes).astype(dtype)
+    return IMPLEMENTATIONS[name][1](x, dy, group_sizes, dtype)
 
 
 def _for_gpu(left: Quantised, right: Quantised, group_sizes):
@@ -95,7 +98,7 @@ def choose(implementation: str) -> str:
     return implementation
 
 
-def _emulated_matmul(x: Quantised, w: Quantised, group_sizes, transposed: bool):
+def _emulated_matmul(x: Quantised, w: Quantised, group_sizes, transposed: bool, dtype):
     m, size = x.values.shape[0], length(x.tile.columns, x.values.shape[1])
     values, scales = w.values, w.scales
     if transposed and group_sizes is None:
@@ -118,10 +121,10 @@ def _emulated_matmul(x: Quantised, w: Quantised, group_sizes, transposed: bool):
         return total + y * (by_row[:, None] * by_column[own]), None
 
     blocks = _blocks(x.values, 1, size), _blocks(values, over, size), x_scales, w_scales
-    return lax.scan(add, jnp.zeros((m, n), jnp.float32), blocks)[0]
+    return lax.scan(add, jnp.zeros((m, n), jnp.float32), blocks)[0].astype(dtype)
 
 
-def _emulated_gradient(x: Quantised, dy: Quantised, group_sizes):
+def _emulated_gradient(x: Quantised, dy: Quantised, group_sizes, dtype):
     (m, k), n = x.values.shape, dy.values.shape[1]
     size = length(x.tile.rows, m)
     blocks = (
@@ -138,7 +141,8 @@ def _emulated_gradient(x: Quantised, dy: Quantised, group_sizes):
         return x_block.T @ dy_block * (x_scale[:, None] * dy_scale)
 
     if group_sizes is None:
-        return lax.scan(lambda dw, block: (dw + product(block), None), jnp.zeros((k, n), jnp.float32), blocks)[0]
+        dw = lax.scan(lambda dw, block: (dw + product(block), None), jnp.zeros((k, n), jnp.float32), blocks)[0]
+        return dw.astype(dtype)
     steps = walk(group_sizes.astype(jnp.int32), m, size, empty=True)
 
     def add(i, dw):
@@ -147,7 +151,8 @@ def _emulated_gradient(x: Quantised, dy: Quantised, group_sizes):
         own = (row >= steps.starts[group]) & (row < steps.starts[group + 1])
         return dw.at[group].add(product([a[tile] for a in blocks], own))
 
-    return lax.fori_loop(0, steps.n_steps, add, jnp.zeros((group_sizes.shape[0], k, n), jnp.float32))
+    dw = lax.fori_loop(0, steps.n_steps, add, jnp.zeros((group_sizes.shape[0], k, n), jnp.float32))
+    return dw.astype(dtype)
 
 
 def _blocks(x, axis: int, size: int):
@@ -157,26 +162,29 @@ def _blocks(x, axis: int, size: int):
     return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
 
-def _dequantised_matmul(x: Quantised, w: Quantised, group_sizes, transposed: bool):
+def _dequantised_matmul(x: Quantised, w: Quantised, group_sizes, transposed: bool, dtype):
     x, w = (dequantise(a, jnp.bfloat16) for a in (x, w))
     if group_sizes is not None and transposed:
         y = jnp.zeros((x.shape[0], w.shape[1]), x.dtype)
-        return jax.vjp(lambda y: unscaled.grouped_matmul(y, w, group_sizes), y)[1](x)[0]
+        return jax.vjp(lambda y: unscaled.grouped_matmul(y, w, group_sizes), y)[1](x)[0].astype(dtype)
     if group_sizes is not None:
-        return unscaled.grouped_matmul(x, w, group_sizes)
-    return lax.dot_general(x, w, (((1,), (1 if transposed else 0,)), ((), ())), preferred_element_type=jnp.float32)
+        return unscaled.grouped_matmul(x, w, group_sizes).astype(dtype)
+    contract = ((1,), (1 if transposed else 0,)), ((), ())
+    return lax.dot_general(x, w, contract, preferred_element_type=jnp.float32).astype(dtype)
 
 
-def _dequantised_gradient(x: Quantised, dy: Quantised, group_sizes):
+def _dequantised_gradient(x: Quantised, dy: Quantised, group_sizes, dtype):
     x, dy = (dequantise(a, jnp.bfloat16) for a in (x, dy))
     if group_sizes is None:
-        return jnp.einsum("mk,mn->kn", x, dy, preferred_element_type=jnp.float32)
+        return jnp.einsum("mk,mn->kn", x, dy, preferred_element_type=jnp.float32).astype(dtype)
     weights = jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.bfloat16)
-    return jax.vjp(lambda w: unscaled.grouped_matmul(x, w, group_sizes), weights)[1](dy)[0]
+    return jax.vjp(lambda w: unscaled.grouped_matmul(x, w, group_sizes), weights)[1](dy)[0].astype(dtype)
 
 
 IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {
     "emulated": (_emulated_matmul, _emulated_gradient),
     "dequantised": (_dequantised_matmul, _dequantised_gradient),
     "pallas_gpu": (_dequantised_matmul, _dequantised_gradient),  # where its kernels cannot
+    "pallas_tpu": (pallas_matmul, pallas_gradient),
+    "pallas_interpret": tuple(functools.partial(f, interpret=True) for f in (pallas_matmul, pallas_gradient)),
 }

@@ -21,8 +21,8 @@ TILES = Tiles(16, 128), Tiles(32, 16), Tiles(16, 128, 16)
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(kernels, "_EDGE", 8)
-    monkeypatch.setattr(kernels, "_STRIP", 1)
+    monkeypatch.setattr(kernels, "EDGE", 8)
+    monkeypatch.setattr(kernels, "STRIP", 1)
 
 
 def operands(dtype=jnp.float32, seed=0):
