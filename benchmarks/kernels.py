@@ -154,8 +154,11 @@ def _bfloat16(*shapes: tuple[int, ...]) -> list:
     return [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
 
-def compile_all(chip: str, kernel: str, shapes: list[str]) -> list[dict]:
-    """A kernel at every shape for one chip, in this process, where libtpu must dump its schedules."""
+def compile_all(chip: str, kernel: str, shapes: list[str], only: list[str] | None) -> list[dict]:
+    """A kernel at every shape for one chip, in this process, where libtpu must dump its schedules.
+
+    only: implementations and directions, "ours forward"; all, if not given.
+    """
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -168,6 +171,8 @@ def compile_all(chip: str, kernel: str, shapes: list[str]) -> list[dict]:
     results = []
     for shape in shapes:
         for case in KERNELS[kernel](*map(int, shape.split(","))):
+            if only and f"{case.implementation} {case.direction}" not in only:
+                continue
             for file in dump.iterdir():
                 file.unlink()
             row = {"chip": chip, "shape": shape, "implementation": case.implementation, "direction": case.direction}
@@ -193,12 +198,12 @@ def compile_all(chip: str, kernel: str, shapes: list[str]) -> list[dict]:
     return results
 
 
-def in_own_process(chip: str, kernel: str, shapes: list[str]) -> list[dict]:
+def in_own_process(chip: str, kernel: str, shapes: list[str], only: list[str] | None = None) -> list[dict]:
     """libtpu reads its flags once, and takes the chip's schedule dumps with it."""
     with tempfile.TemporaryDirectory() as dump:
         flags = ENVIRONMENT | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
         command = [sys.executable, "-m", "benchmarks.kernels", "--child", "--aot", chip, "--kernel", kernel]
-        command += [f"--shape={shape}" for shape in shapes]
+        command += [f"--shape={shape}" for shape in shapes] + [f"--only={name}" for name in only or []]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | flags, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -208,14 +213,15 @@ def main() -> None:
     parser.add_argument("--aot", action="append", choices=TOPOLOGY, help="chips to compile for (all)")
     parser.add_argument("--kernel", choices=KERNELS, default="grouped_matmul")
     parser.add_argument("--shape", action="append", help=f"experts,rows,K,N, or B,H,C,R,S ({SHAPES})")
+    parser.add_argument("--only", action="append", metavar="NAME", help='as in "ours forward" or "fp8 512 dw" (all)')
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     chips, shapes = args.aot or list(TOPOLOGY), args.shape or SHAPES[args.kernel]
     if args.child:
-        print(json.dumps(compile_all(chips[0], args.kernel, shapes)))
+        print(json.dumps(compile_all(chips[0], args.kernel, shapes, args.only)))
         return
-    results = [row for chip in chips for row in in_own_process(chip, args.kernel, shapes)]
+    results = [row for chip in chips for row in in_own_process(chip, args.kernel, shapes, args.only)]
     where = machine() | {"libtpu": version("libtpu")}
     command = f"python -m benchmarks.kernels --kernel {args.kernel}"
     text = json.dumps({"command": command, "machine": where, "results": results}, indent=2)

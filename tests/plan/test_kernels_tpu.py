@@ -1,0 +1,32 @@
+"""The kernels for TPUs compile for every chip, within the schedules that were reached (docs/kernels.md)."""
+
+import importlib.util
+
+import pytest
+
+from benchmarks.kernels import in_own_process
+
+SHAPE = "4,8192,7168,2048"  # experts, rows, K, N; the schedule of a tile is that of 16 experts
+# By chip and kernel: the least share of cycles in which the matrix units must be busy, the most time over that of
+# matrix units always busy with bfloat16.
+BUDGETS = [
+    ("v6e", "grouped_matmul", SHAPE, "ours forward", 0.95, 1.05),
+    ("v6e", "grouped_matmul", SHAPE, "ours dw", 0.85, 1.15),
+    ("v5e", "grouped_matmul", SHAPE, "ours dw", 1.0, 1.0),
+    ("v5p", "grouped_matmul", SHAPE, "ours dw", 1.0, 1.0),
+    ("tpu7x", "grouped_matmul", SHAPE, "ours dw", 1.0, 1.0),
+    ("tpu7x", "scaled_matmul", SHAPE, "fp8 512 forward", 0.5, 0.8),
+    ("v6e", "latent_attention", "64,128,512,64,8192", "ours decode", 0.2, 10.0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
+@pytest.mark.parametrize("chip,kernel,shape,what,mxu,time", BUDGETS, ids=lambda value: str(value))
+def test_schedules_are_within_budget(chip, kernel, shape, what, mxu, time):
+    (row,) = in_own_process(chip, kernel, [shape], [what])
+    assert "error" not in row, row
+    assert row["mxu"] >= mxu and row["time"] <= time, row
+    if kernel == "latent_attention":  # the cache is read once
+        assert row["hbm_bytes"] < 1.1 * 2 * 64 * 8192 * (512 + 64), row
+        assert row["temporary_bytes"] < 4 << 20, row
