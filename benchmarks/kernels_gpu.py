@@ -25,12 +25,18 @@ CHIP = "NVIDIA H100 80GB HBM3"
 SHAPES = ["4,32768,7168,4096", "8,32768,2048,7168"]  # experts, rows, K, N: DeepSeek-V3's two
 
 
+def compiler():
+    """Where XLA's compiler for GPUs is installed; None if it is not."""
+    there = importlib.util.find_spec("jax_plugins") is not None
+    return importlib.util.find_spec("jax_plugins.xla_cuda13") if there else None
+
+
 def description(chip: str) -> str:
     """What XLA's compiler has to know of a GPU, as text: one of those that are built into it.
 
     Raises ValueError for one that is not, ModuleNotFoundError if the compiler is not installed.
     """
-    spec = importlib.util.find_spec("jax_plugins.xla_cuda13")
+    spec = compiler()
     if spec is None:
         raise ModuleNotFoundError("XLA's compiler for GPUs is not installed: pip install 'dsjax[plan-gpu]'")
     library = (Path(spec.origin).parent / "xla_cuda_plugin.so").read_bytes()

@@ -237,6 +237,9 @@ class DistributedConfig:
             raise ConfigError(f"distributed.process_id={p}: expected a number below distributed.num_processes={n}")
 
 
+PLAIN = {"float32": "float32", "bfloat16": "bf16"}  # the precision of that dtype in which nothing is quantised
+
+
 @_config
 class ComputeConfig:
     """How the same numbers are computed."""

@@ -72,8 +72,6 @@ RECIPES: dict[str, Recipe] = {
         Scaling(Product(_ROW, _BLOCK), Product(_BLOCK, _BLOCK), Product(_COLUMN, _BLOCK), kept=_ROW)
     ),
 }
-# What a dtype's name stands for where no matmul is quantised
-PLAIN = {"float32": "float32", "bfloat16": "bf16"}
 
 
 def recipe_of(compute: ComputeConfig) -> Recipe:

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dsjax import config as configuration
-from dsjax.config import BalanceConfig, ComputeConfig, Config, ConfigError, DataConfig, ModelConfig, show
+from dsjax.config import PLAIN, BalanceConfig, ComputeConfig, Config, ConfigError, DataConfig, ModelConfig, show
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.hub import fp8
 from dsjax.hub.checkpoint import HubCheckpoint, pieces
@@ -208,7 +208,7 @@ def _run_files(hub: HubCheckpoint, folder: Path, dtype: str | None, say: Say) ->
         model=model,
         balance=balance,
         data=DataConfig(tokenizer="run"),
-        compute=ComputeConfig(dtype=dtype or "bfloat16"),
+        compute=ComputeConfig(precision=PLAIN[dtype or "bfloat16"]),
     )
     if (hub.folder / "tokenizer.json").is_file():
         Tokenizer.load(hub.folder)  # raises for a damaged one

@@ -19,13 +19,13 @@ from flax import nnx
 from tqdm import tqdm
 
 from dsjax import config as configuration
-from dsjax.config import ComputeConfig, Config, ConfigError, replace, show
+from dsjax.config import PLAIN, ComputeConfig, Config, ConfigError, replace, show
 from dsjax.data.tokenizer import Tokenizer, check_vocabulary
 from dsjax.hub.checkpoint import HubCheckpoint
 from dsjax.hub.config import is_hub_folder
 from dsjax.hub.names import HubTensor
 from dsjax.model.transformer import DeepSeek, init_router_bias
-from dsjax.precision import PLAIN, cast_weights, weight_name
+from dsjax.precision import cast_weights, weight_name
 from dsjax.state import Batch, RouterBias
 from dsjax.train.checkpoint import Checkpoints, abstract, abstract_state
 from sharding.mesh import make_mesh

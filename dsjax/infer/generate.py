@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.config import ComputeConfig, Config, ConfigError, replace
+from dsjax.config import PLAIN, ComputeConfig, Config, ConfigError, replace
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.hub.chat import ChatTemplate
 from dsjax.hub.load import load
 from dsjax.infer.sampling import sample
 from dsjax.model.transformer import DeepSeek, unstack
-from dsjax.precision import PLAIN, RECIPES, cast_weights
+from dsjax.precision import RECIPES, cast_weights
 from dsjax.state import Batch, RouterBias
 from sharding.rules import spec
 

@@ -1,6 +1,5 @@
 """The kernels for Hopper GPUs compile for an H100, at DeepSeek-V3's shapes, without a spilled register."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,12 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks.kernels_gpu import assembled, description
+from benchmarks.kernels_gpu import assembled, compiler, description
 
 ROOT = Path(__file__).parents[2]
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="XLA's compiler for GPUs is not installed"
-)
+installed = pytest.mark.skipif(compiler() is None, reason="XLA's compiler for GPUs is not installed")
 
 
 @pytest.mark.slow
