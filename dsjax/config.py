@@ -436,9 +436,18 @@ def load(path: str | os.PathLike) -> Config:
     except (ConfigError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: not a configuration: {show(str(error), quote=False)}") from None
     try:
-        return from_dict(values)
+        return from_dict(_renamed(values))
     except ConfigError as error:
         raise ConfigError(f"{path}{_line_of(str(error), text)}: {error}") from None
+
+
+def _renamed(values: Any) -> Any:
+    """The values of a run from before compute.precision, which had compute.dtype."""
+    compute = values.get("compute") if isinstance(values, dict) else None
+    if not isinstance(compute, dict) or "precision" in compute or compute.get("dtype") not in tuple(PLAIN):
+        return values
+    rest = {name: value for name, value in compute.items() if name != "dtype"}
+    return values | {"compute": rest | {"precision": PLAIN[compute["dtype"]]}}
 
 
 def field_rows(config, prefix: str = "") -> list[tuple[str, Any, str]]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import configs
 from dsjax.config import (
+    ComputeConfig,
     Config,
     ConfigError,
     ModelConfig,
@@ -200,6 +201,13 @@ def test_load_names_the_file_and_the_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"^" + re.escape(message.format(path))):
         load(path)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", "bf16"), ("float32", "float32")])
+def test_a_run_that_has_a_dtype_is_read(tmp_path, dtype, precision):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"steps": 3, "compute": {"dtype": dtype, "remat": "full"}}))
+    assert load(path) == Config(steps=3, compute=ComputeConfig(precision=precision, remat="full"))
 
 
 def test_load_of_what_is_no_file(tmp_path):
