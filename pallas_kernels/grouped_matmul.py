@@ -16,7 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import grouped_matmul_gpu
+from pallas_kernels import choice, grouped_matmul_gpu
 from pallas_kernels.grouped_matmul_gpu import pallas_gpu
 from pallas_kernels.grouped_matmul_tpu import pallas_tpu
 
@@ -62,11 +62,7 @@ def warn_once(message: str) -> None:
 
 def choose(implementation: str) -> str:
     """The implementation that a name stands for: "auto" goes by platform, an unknown one raises ValueError."""
-    if implementation == "auto":
-        return IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
-    return implementation
+    return choice.choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
 
 
 def grouped_swiglu(

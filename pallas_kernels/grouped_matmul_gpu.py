@@ -18,11 +18,10 @@ from jaxtyping import Array, Float, Int
 
 ROWS = 128  # of a tile, which two warpgroups share
 ALIGNMENT = ROWS
-_HALF = ROWS // 2
+HALF = ROWS // 2
 _DEPTH = 64  # of bfloat16 values: one row of 128 bytes, as the tensor core reads shared memory
-_STAGES = 4  # steps that copies run ahead
-_OUT = 64  # columns that are written at once
-_SWIZZLE = 128
+STAGES = 4  # steps that copies run ahead
+_SWIZZLE = 128  # bytes
 _MEMORY_REGISTERS = 40  # of the warpgroup that copies
 
 
@@ -56,13 +55,18 @@ def pallas_gpu(
 
 def unsupported(x: Float[Array, "M K"], w: Float[Array, "E K N"]) -> str | None:
     """Why the kernels cannot multiply these, in words; None if they can."""
-    if jax.__version_info__ < (0, 11):
-        return f"needs JAX 0.11 or later, this is {jax.__version__}"
+    if reason := too_old():
+        return reason
     if not x.dtype == w.dtype == jnp.bfloat16:
         return f"multiplies bfloat16, not {x.dtype} and {w.dtype}"
     if x.shape[1] % 128 or w.shape[2] % 128:
         return f"K={x.shape[1]} and N={w.shape[2]} must be multiples of 128"
     return None
+
+
+def too_old() -> str | None:
+    """Why Mosaic GPU cannot be used at all, in words; None if it can."""
+    return f"needs JAX 0.11 or later, this is {jax.__version__}" if jax.__version_info__ < (0, 11) else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -137,26 +141,19 @@ def _rows_times_weights(x, w, group_sizes, transposed: bool, interpret):
     def kernel(experts, x, w, y):
         def pipeline(body, context):
             block = (columns, _DEPTH) if transposed else (_DEPTH, columns)
-            return plgpu.emit_pipeline_warp_specialized(
+            return copied_ahead(
+                plgpu,
                 body,
-                grid=(k // _DEPTH,),
-                memory_registers=_MEMORY_REGISTERS,
-                wg_axis="warpgroup",
-                num_compute_wgs=2,
-                max_concurrent_steps=_STAGES,
-                compute_context=context,
-                in_specs=[
-                    plgpu.BlockSpec((ROWS, _DEPTH), lambda i: (0, i), transforms=tiling, delay_release=1),
-                    plgpu.BlockSpec(
-                        block, lambda i: (0, i) if transposed else (i, 0), transforms=tiling, delay_release=1
-                    ),
-                ],
+                context,
+                k // _DEPTH,
+                plgpu.BlockSpec((ROWS, _DEPTH), lambda i: (0, i), transforms=tiling, delay_release=1),
+                plgpu.BlockSpec(block, lambda i: (0, i) if transposed else (i, 0), transforms=tiling, delay_release=1),
             )
 
         @functools.partial(
             pl.run_scoped,
             buffers=pipeline(no_work, no_work).get_allocations(x, w.at[0]),
-            out=plgpu.SMEM((2, 2, _HALF, _OUT), y.dtype, transforms=tiling),
+            out=slots(plgpu, y.dtype),
             collective_axes="warpgroup",
         )
         def _(buffers, out):
@@ -166,7 +163,7 @@ def _rows_times_weights(x, w, group_sizes, transposed: bool, interpret):
             def _(step):
                 tile, block = plgpu.planar_snake(step.index[0], (n_tiles, n_blocks), 0, 8)
                 expert = experts[tile]
-                rows, where = pl.ds(tile * ROWS + half * _HALF, _HALF), block * columns
+                rows, where = pl.ds(tile * ROWS + half * HALF, HALF), block * columns
 
                 @pl.when(expert >= 0)
                 def _():
@@ -175,10 +172,10 @@ def _rows_times_weights(x, w, group_sizes, transposed: bool, interpret):
                             run(total)
                             write(plgpu, total[...].astype(y.dtype), out.at[half], y.at[rows], where)
 
-                        pl.run_scoped(multiply, plgpu.ACC((_HALF, columns), jnp.float32))
+                        pl.run_scoped(multiply, plgpu.ACC((HALF, columns), jnp.float32))
 
                     def body(_, x_tile, w_tile, total):
-                        x_half = x_tile.at[pl.ds(half * _HALF, _HALF)]
+                        x_half = x_tile.at[pl.ds(half * HALF, HALF)]
                         plgpu.wgmma(total, x_half, w_tile.T if transposed else w_tile)
                         plgpu.wgmma_wait(1)
                         return total
@@ -189,8 +186,7 @@ def _rows_times_weights(x, w, group_sizes, transposed: bool, interpret):
 
                 @pl.when((expert < 0) & (half < 2))
                 def _():
-                    zeros = plgpu.layout_cast(jnp.zeros((_HALF, columns), y.dtype), plgpu.Layout.WGMMA)
-                    write(plgpu, zeros, out.at[half], y.at[rows], where)
+                    write(plgpu, zeros(plgpu, columns, y.dtype), out.at[half], y.at[rows], where)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -209,25 +205,20 @@ def _rows_times_rows(x, dy, group_sizes, dtype, interpret):
     firsts = jnp.cumsum(steps) - steps
 
     def kernel(firsts, steps, x, dy, dw):
-        def pipeline(body, context, first=0, n_steps=1, i=0, j=0):
-            return plgpu.emit_pipeline_warp_specialized(
+        def pipeline(body, context, first=0, n_steps=STAGES, i=0, j=0):
+            return copied_ahead(
+                plgpu,
                 body,
-                grid=(n_steps,),
-                memory_registers=_MEMORY_REGISTERS,
-                wg_axis="warpgroup",
-                num_compute_wgs=2,
-                max_concurrent_steps=_STAGES,
-                compute_context=context,
-                in_specs=[
-                    plgpu.BlockSpec((_DEPTH, ROWS), lambda s: (first + s, i), transforms=tiling, delay_release=1),
-                    plgpu.BlockSpec((_DEPTH, columns), lambda s: (first + s, j), transforms=tiling, delay_release=1),
-                ],
+                context,
+                n_steps,
+                plgpu.BlockSpec((_DEPTH, ROWS), lambda s: (first + s, i), transforms=tiling, delay_release=1),
+                plgpu.BlockSpec((_DEPTH, columns), lambda s: (first + s, j), transforms=tiling, delay_release=1),
             )
 
         @functools.partial(
             pl.run_scoped,
-            buffers=pipeline(no_work, no_work, n_steps=_STAGES).get_allocations(x, dy),
-            out=plgpu.SMEM((2, 2, _HALF, _OUT), dw.dtype, transforms=tiling),
+            buffers=pipeline(no_work, no_work).get_allocations(x, dy),
+            out=slots(plgpu, dw.dtype),
             collective_axes="warpgroup",
         )
         def _(buffers, out):
@@ -241,13 +232,13 @@ def _rows_times_rows(x, dy, group_sizes, dtype, interpret):
                 def context(run):
                     def multiply(total):
                         run(total)
-                        rows = dw.at[expert, pl.ds(i * ROWS + half * _HALF, _HALF)]
+                        rows = dw.at[expert, pl.ds(i * ROWS + half * HALF, HALF)]
                         write(plgpu, total[...].astype(dw.dtype), out.at[half], rows, j * columns)
 
-                    pl.run_scoped(multiply, plgpu.ACC((_HALF, columns), jnp.float32))
+                    pl.run_scoped(multiply, plgpu.ACC((HALF, columns), jnp.float32))
 
                 def body(_, x_tile, dy_tile, total):
-                    plgpu.wgmma(total, x_tile.at[:, pl.ds(half * _HALF, _HALF)].T, dy_tile)
+                    plgpu.wgmma(total, x_tile.at[:, pl.ds(half * HALF, HALF)].T, dy_tile)
                     plgpu.wgmma_wait(1)
                     return total
 
@@ -260,6 +251,30 @@ def _rows_times_rows(x, dy, group_sizes, dtype, interpret):
 
 def no_work(*_, **__):
     """In place of what does not matter to how much memory a pipeline needs."""
+
+
+def copied_ahead(plgpu, body, context, n_steps, *in_specs):
+    """A pipeline of n_steps, whose blocks one warpgroup copies while two run the body, within the context."""
+    return plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=(n_steps,),
+        memory_registers=_MEMORY_REGISTERS,
+        wg_axis="warpgroup",
+        num_compute_wgs=2,
+        max_concurrent_steps=STAGES,
+        compute_context=context,
+        in_specs=in_specs,
+    )
+
+
+def zeros(plgpu, columns: int, dtype):
+    """A warpgroup's rows of zeros, as the tensor core gives its results."""
+    return plgpu.layout_cast(jnp.zeros((HALF, columns), dtype), plgpu.Layout.WGMMA)
+
+
+def slots(plgpu, dtype):
+    """Two places of shared memory for each of two warpgroups, for columns on their way out."""
+    return plgpu.SMEM((2, 2, HALF, _SWIZZLE // jnp.dtype(dtype).itemsize), dtype, transforms=transforms(dtype))
 
 
 def transforms(dtype) -> tuple:

@@ -111,6 +111,11 @@ def sizes(n: int, most: int, least: int) -> list[int]:
     return [size for size in powers if size < n] + ([n] if n <= most else [])
 
 
+def slices(n: int, size: int) -> list[slice]:
+    """Of an axis of n, `size` at a time, fewer at its end."""
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+
 def walk(group_sizes: Int[Array, "E"], m: int, rows: int, empty: bool) -> Walk:
     """Of every group's tiles in order. empty: groups without rows are visited once, and the rows in no group never;
     otherwise the other way round."""

@@ -16,13 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul_tpu import VMEM_BYTES
+from pallas_kernels.choice import choose
+from pallas_kernels.grouped_matmul_tpu import USED, VMEM_BYTES, parameters, product
 
 IMPLEMENTATION_BY_PLATFORM = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "reference"}
 
 _LANES = 128
+_OVER_ROWS, _OVER_COLUMNS = ((((1,), (axis,)), ((), ())) for axis in (0, 1))  # of the second operand
 _MAX_BLOCK = 1024  # entries; twice as many save a tenth of the instructions, and leave more of the last block unused
-_USED = 0.75  # of VMEM: the rest is for what the compiler keeps beside
 
 
 def latent_attention(
@@ -44,11 +45,8 @@ def latent_attention(
     implementation: "auto" (by platform), "reference", "pallas_tpu" or "pallas_interpret" (the same kernel on any
     platform, for tests); any other name raises ValueError.
     """
-    if implementation == "auto":
-        implementation = IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
-    return IMPLEMENTATIONS[implementation](q_latent, q_rope, c_kv, k_rope, length, scale)
+    name = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
+    return IMPLEMENTATIONS[name](q_latent, q_rope, c_kv, k_rope, length, scale)
 
 
 def reference(
@@ -114,9 +112,7 @@ def pallas_tpu(
             out_specs=pl.BlockSpec((pl.squeezed, rows, c), queries),
             scratch_shapes=[pltpu.VMEM((rows, width), jnp.float32) for width in (_LANES, _LANES, c)],
         ),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=int(0.95 * VMEM_BYTES)
-        ),
+        compiler_params=parameters("parallel", "arbitrary"),
         cost_estimate=pl.CostEstimate(
             flops=2 * b * rows * s * (2 * c + r),
             bytes_accessed=sum(a.size * a.dtype.itemsize for a in (q_latent, q_latent, q_rope, c_kv, k_rope)),
@@ -141,7 +137,7 @@ def choose_block(rows: int, s: int, c: int, r: int, itemsize: int) -> int:
         twice = block * (_whole_lanes(c) + r) + rows * (2 * _whole_lanes(c) + _whole_lanes(r))
         return 2 * itemsize * twice + 4 * rows * (2 * _LANES + _whole_lanes(c) + 3 * block)
 
-    block = next((n for n in (_MAX_BLOCK, 512, 256, _LANES) if bytes_needed(n) <= _USED * VMEM_BYTES), None)
+    block = next((n for n in (_MAX_BLOCK, 512, 256, _LANES) if bytes_needed(n) <= USED * VMEM_BYTES), None)
     if block is None:
         raise ValueError(
             f"latent attention: {rows} queries of width {c} + {r} do not fit {VMEM_BYTES >> 20} MiB of VMEM"
@@ -174,10 +170,12 @@ def _kernel(
         p, correction = jnp.exp(scores - new[:, :1]), jnp.exp(largest[...] - new)
         largest[...] = new
         total[...] = correction * total[...] + jnp.sum(p, axis=1, keepdims=True)
-        weighted[...] = correction[:, :1] * weighted[...] + _product(p.astype(values.dtype), values, 1, 0)
+        weighted[...] = correction[:, :1] * weighted[...] + product(p.astype(values.dtype), values, _OVER_ROWS)
 
     def scores():
-        return scale * (_product(q_latent[...], c_kv[...], 1, 1) + _product(q_rope[...], k_rope[...], 1, 0))
+        return scale * (
+            product(q_latent[...], c_kv[...], _OVER_COLUMNS) + product(q_rope[...], k_rope[...], _OVER_ROWS)
+        )
 
     seen_by_all = start + block <= jnp.minimum(length[row] + 1, n_entries)
     pl.when(seen_by_all)(lambda: add(scores(), c_kv[...]))
@@ -195,12 +193,6 @@ def _kernel(
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
         out[...] = (weighted[...] / total[:, :1]).astype(out.dtype)
-
-
-def _product(a, b, a_axis: int, b_axis: int):
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    contract = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, contract, precision=exact, preferred_element_type=jnp.float32)
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {

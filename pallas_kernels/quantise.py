@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import quantise_tpu
+from pallas_kernels.choice import choose
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of E4M3
@@ -54,11 +55,8 @@ def quantise(x: Float[Array, "*B R C"], tile: Tile, *, implementation: str = "au
     infinities become NaN, and count for no scale; zeros stay zeros. implementation: "auto" (by platform), "reference",
     "pallas_tpu" or "pallas_interpret" (the same kernel on any platform); any other name raises ValueError.
     """
-    if implementation == "auto":
-        implementation = IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
-    return IMPLEMENTATIONS[implementation](x, tile)
+    name = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
+    return IMPLEMENTATIONS[name](x, tile)
 
 
 def dequantise(x: Quantised, dtype=jnp.float32) -> Float[Array, "*B R C"]:

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.grouped_matmul_tpu import VMEM_BYTES, largest, parameters, sizes
+from pallas_kernels.grouped_matmul_tpu import VMEM_BYTES, largest, parameters, sizes, slices
 
 _STRIP = 128  # rows, or columns, that are quantised at a time
 _BLOCK = VMEM_BYTES // 16  # bytes of x in a block, at most
@@ -75,7 +75,7 @@ def _rows_of_a_block(rows: int, columns: int, r: int, c: int) -> int:
 def _row_kernel(x, values, scales, *, n_rows, columns, scale_of):
     def strip(i, _):
         rows = pl.ds(pl.multiple_of(i * 32, 32), 32)
-        for tile, at in enumerate(_tiles(x.shape[1], columns)):
+        for tile, at in enumerate(slices(x.shape[1], columns)):
             values[rows, at], scales[rows, tile : tile + 1] = _quantised(x[rows, at], (1,), scale_of)
 
     lax.fori_loop(0, x.shape[0] // 32, strip, None)
@@ -90,7 +90,7 @@ def _tile_kernel(x, values, scales, *, n_rows, columns, scale_of):
         values[:, at], scales[:, tile] = _quantised(jnp.where(inside, block, 0), axes, scale_of)
 
     if columns > 1:
-        for tile, at in enumerate(_tiles(x.shape[1], columns)):
+        for tile, at in enumerate(slices(x.shape[1], columns)):
             put(at, slice(tile, tile + 1), (0, 1))
         return
 
@@ -103,10 +103,6 @@ def _tile_kernel(x, values, scales, *, n_rows, columns, scale_of):
     if n % _STRIP:
         at = slice(n - n % _STRIP, n)
         put(at, at, (0,))
-
-
-def _tiles(n: int, size: int):
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
 def _quantised(x, axes, scale_of):

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import grouped_matmul as unscaled
 from pallas_kernels import scaled_matmul_gpu as gpu
+from pallas_kernels.choice import choose
 from pallas_kernels.grouped_matmul_tpu import walk
 from pallas_kernels.quantise import Quantised, dequantise, length, spread
 from pallas_kernels.scaled_matmul_tpu import pallas_gradient, pallas_matmul
@@ -45,7 +46,7 @@ def scaled_matmul(
     along_x, along_w = x.tile.columns, w.tile.columns if transposed else w.tile.rows
     if along_x != along_w:
         raise ValueError(f"scaled matmul: tiles of {along_x} and {along_w} values along K; expected as many")
-    name = choose(implementation)
+    name = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
     if name == "pallas_gpu" and (sizes := _for_gpu(x, w, group_sizes)) is not None:
         w = w if group_sizes is not None else jax.tree.map(lambda a: a[None], w)
         aligned = group_sizes is None or alignment % gpu.ALIGNMENT == 0
@@ -69,7 +70,7 @@ def scaled_gradient(
     """
     if x.tile.rows != dy.tile.rows:
         raise ValueError(f"scaled gradient: tiles of {x.tile.rows} and {dy.tile.rows} rows; expected as many")
-    name = choose(implementation)
+    name = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
     aligned = group_sizes is None or alignment % gpu.ALIGNMENT == 0
     if name == "pallas_gpu" and aligned and (sizes := _for_gpu(x, dy, group_sizes)) is not None:
         dw = gpu.scaled_gradient_gpu(x, dy, sizes, dtype)
@@ -87,15 +88,6 @@ def _for_gpu(left: Quantised, right: Quantised, group_sizes):
         return None
     rows = left.values.shape[0]
     return jnp.full(1, rows, jnp.int32) if group_sizes is None else group_sizes.astype(jnp.int32)
-
-
-def choose(implementation: str) -> str:
-    """The implementation that a name stands for. Raises ValueError for an unknown one."""
-    if implementation == "auto":
-        return IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r}: choose one of {['auto', *IMPLEMENTATIONS]}")
-    return implementation
 
 
 def _emulated_matmul(x: Quantised, w: Quantised, group_sizes, transposed: bool, dtype):

@@ -8,7 +8,6 @@ weights' gradient are given transposed. Found by compiling prototypes (reference
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -16,29 +15,32 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_matmul_gpu import (
     ALIGNMENT,
+    HALF,
     ROWS,
+    STAGES,
     align,
+    copied_ahead,
     gather,
     launch,
     no_work,
+    slots,
     tile_experts,
+    too_old,
     transforms,
     write,
+    zeros,
 )
 from pallas_kernels.quantise import Quantised
 
 __all__ = ["ALIGNMENT", "scaled_gradient_gpu", "scaled_matmul_gpu", "unsupported"]
 
 _BLOCK = 128  # values that share a scale, and columns of a tile
-_HALF = ROWS // 2
-_STAGES = 4
-_MEMORY_REGISTERS = 40
 
 
 def unsupported(left: Quantised, right: Quantised) -> str | None:
     """Why the kernels cannot multiply these, in words; None if they can."""
-    if jax.__version_info__ < (0, 11):
-        return f"needs JAX 0.11 or later, this is {jax.__version__}"
+    if reason := too_old():
+        return reason
     pairs = ((1, _BLOCK), (_BLOCK, _BLOCK)), ((_BLOCK, 1), (_BLOCK, 1))
     if (left.tile[:2], right.tile[:2]) not in pairs:
         return f"tiles {left.tile[:2]} and {right.tile[:2]}; expected {' or '.join(map(str, pairs))}"
@@ -101,12 +103,12 @@ def _rows_times_weights(x, x_scales, w, w_scales, group_sizes, dtype, interpret)
     def kernel(experts, x, x_scales, w, w_scales, y):
         def pipeline(body, context):
             block = plgpu.BlockSpec((ROWS, _BLOCK), lambda i: (0, i), transforms=tiling)
-            return _pipeline(plgpu, body, context, n_blocks, [block, block])
+            return copied_ahead(plgpu, body, context, n_blocks, block, block)
 
         @functools.partial(
             pl.run_scoped,
             buffers=pipeline(no_work, no_work).get_allocations(x, w.at[0]),
-            out=plgpu.SMEM((2, 2, _HALF, 64), dtype, transforms=transforms(dtype)),
+            out=slots(plgpu, dtype),
             collective_axes="warpgroup",
         )
         def _(buffers, out):
@@ -115,30 +117,29 @@ def _rows_times_weights(x, x_scales, w, w_scales, group_sizes, dtype, interpret)
             @plgpu.nd_loop((n_tiles * n_columns,), collective_axes="sm")
             def _(step):
                 tile, column = plgpu.planar_snake(step.index[0], (n_tiles, n_columns), 0, 8)
-                expert, first = experts[tile], tile * ROWS + half * _HALF
-                rows = y.at[pl.ds(first, _HALF)]
+                expert, first = experts[tile], tile * ROWS + half * HALF
+                rows = y.at[pl.ds(first, HALF)]
 
                 @pl.when(expert >= 0)
                 def _():
                     def scale(block):
-                        place = x_scales.at[block, pl.ds(first, _HALF)]
+                        place = x_scales.at[block, pl.ds(first, HALF)]
                         by_row = plgpu.load(place, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
                         return by_row * w_scales[expert, column, block]
 
                     def context(run):
-                        zeros = plgpu.layout_cast(jnp.zeros((_HALF, _BLOCK), jnp.float32), plgpu.Layout.WGMMA)
-                        total, _ = run((zeros, scale(0)))
+                        total, _ = run((zeros(plgpu, _BLOCK, jnp.float32), scale(0)))
                         write(plgpu, total.astype(dtype), out.at[half], rows, column * _BLOCK)
 
                     def body(index, x_tile, w_tile, carry):
                         total, scales = carry
 
                         def multiply(product):
-                            plgpu.wgmma(product, x_tile.at[pl.ds(half * _HALF, _HALF)], w_tile.T)
+                            plgpu.wgmma(product, x_tile.at[pl.ds(half * HALF, HALF)], w_tile.T)
                             ahead = scale(jnp.minimum(index[0] + 1, n_blocks - 1))  # fetched while it multiplies
                             return product[...], ahead
 
-                        product, ahead = pl.run_scoped(multiply, plgpu.ACC((_HALF, _BLOCK), jnp.float32))
+                        product, ahead = pl.run_scoped(multiply, plgpu.ACC((HALF, _BLOCK), jnp.float32))
                         return total + product * lax.broadcast_in_dim(scales, product.shape, (0,)), ahead
 
                     weights = w.at[expert, pl.ds(column * _BLOCK, _BLOCK)]
@@ -146,8 +147,7 @@ def _rows_times_weights(x, x_scales, w, w_scales, group_sizes, dtype, interpret)
 
                 @pl.when((expert < 0) & (half < 2))
                 def _():
-                    zeros = plgpu.layout_cast(jnp.zeros((_HALF, _BLOCK), dtype), plgpu.Layout.WGMMA)
-                    write(plgpu, zeros, out.at[half], rows, column * _BLOCK)
+                    write(plgpu, zeros(plgpu, _BLOCK, dtype), out.at[half], rows, column * _BLOCK)
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
@@ -167,17 +167,20 @@ def _rows_times_rows(x, x_scales, dy, dy_scales, group_sizes, dtype, interpret):
     last = x.shape[1] // _BLOCK - 1
 
     def kernel(firsts, steps, x, x_scales, dy, dy_scales, dw):
-        def pipeline(body, context, first=0, n_steps=_STAGES, i=0, j=0):
-            blocks = [
+        def pipeline(body, context, first=0, n_steps=STAGES, i=0, j=0):
+            return copied_ahead(
+                plgpu,
+                body,
+                context,
+                n_steps,
                 plgpu.BlockSpec((ROWS, _BLOCK), lambda s: (i, first + s), transforms=tiling),
                 plgpu.BlockSpec((_BLOCK, _BLOCK), lambda s: (j, first + s), transforms=tiling),
-            ]
-            return _pipeline(plgpu, body, context, n_steps, blocks)
+            )
 
         @functools.partial(
             pl.run_scoped,
             buffers=pipeline(no_work, no_work).get_allocations(x, dy),
-            out=plgpu.SMEM((2, 2, _HALF, 64 if dtype == jnp.bfloat16 else 32), dtype, transforms=transforms(dtype)),
+            out=slots(plgpu, dtype),
             collective_axes="warpgroup",
         )
         def _(buffers, out):
@@ -187,7 +190,7 @@ def _rows_times_rows(x, x_scales, dy, dy_scales, group_sizes, dtype, interpret):
             def _(step):
                 expert = step.index[0]
                 i, j = plgpu.planar_snake(step.index[1], (n_rows, n_columns), 0, 8)
-                first, own = firsts[expert], pl.ds(i * ROWS + half * _HALF, _HALF)
+                first, own = firsts[expert], pl.ds(i * ROWS + half * HALF, HALF)
 
                 def scale(block):
                     at = jnp.minimum(first + block, last)
@@ -197,17 +200,16 @@ def _rows_times_rows(x, x_scales, dy, dy_scales, group_sizes, dtype, interpret):
                     return by_row, plgpu.load(columns, layout=layout.reduce(0), optimized=False)
 
                 def context(run):
-                    zeros = plgpu.layout_cast(jnp.zeros((_HALF, _BLOCK), jnp.float32), plgpu.Layout.WGMMA)
-                    total = run(zeros)
+                    total = run(zeros(plgpu, _BLOCK, jnp.float32))
                     write(plgpu, total.astype(dtype), out.at[half], dw.at[expert, own], j * _BLOCK)
 
                 def body(index, x_tile, dy_tile, total):
                     def multiply(product):
-                        plgpu.wgmma(product, x_tile.at[pl.ds(half * _HALF, _HALF)], dy_tile.T)
+                        plgpu.wgmma(product, x_tile.at[pl.ds(half * HALF, HALF)], dy_tile.T)
                         by_row, by_column = scale(index[0])
                         return product[...], by_row, by_column
 
-                    product, by_row, by_column = pl.run_scoped(multiply, plgpu.ACC((_HALF, _BLOCK), jnp.float32))
+                    product, by_row, by_column = pl.run_scoped(multiply, plgpu.ACC((HALF, _BLOCK), jnp.float32))
                     by_row, by_column = (
                         lax.broadcast_in_dim(a, product.shape, (d,)) for d, a in enumerate((by_row, by_column))
                     )
@@ -219,16 +221,3 @@ def _rows_times_rows(x, x_scales, dy, dy_scales, group_sizes, dtype, interpret):
 
     arrays = firsts, steps, x, x_scales, dy, dy_scales
     return launch(plgpu, kernel, (n_groups, k, n), dtype, interpret)(*arrays)
-
-
-def _pipeline(plgpu, body, context, n_steps, in_specs):
-    return plgpu.emit_pipeline_warp_specialized(
-        body,
-        grid=(n_steps,),
-        memory_registers=_MEMORY_REGISTERS,
-        wg_axis="warpgroup",
-        num_compute_wgs=2,
-        max_concurrent_steps=_STAGES,
-        compute_context=context,
-        in_specs=in_specs,
-    )

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import grouped_matmul_tpu as unscaled
-from pallas_kernels.grouped_matmul_tpu import Tiles, padded, sizes, walk, whole_parts
+from pallas_kernels.grouped_matmul_tpu import Tiles, padded, sizes, slices, walk, whole_parts
 from pallas_kernels.quantise import Quantised, length, spread
 
 
@@ -235,7 +235,7 @@ def _native_matmul_kernel(starts, group, tile, read, x, x_scales, w, w_scales, y
 
     def values(rows, columns):
         total = None
-        for b, at in _blocks(x.shape[1], size):
+        for b, at in enumerate(slices(x.shape[1], size)):
             block = unscaled.product(x[rows, at], w[columns, at] if transposed else w[at, columns], contract)
             block = block * x_scales[rows, b : b + 1] * w_scales[b : b + 1, columns]
             total = block if total is None else total + block
@@ -317,10 +317,6 @@ def _rows_by_scale(rows, size: int, n_scales: int):
         yield at, pl.ds(at.start // size if n_scales > 1 else 0, 1)
 
 
-def _blocks(n: int, size: int):
-    return [(b, slice(start, min(start + size, n))) for b, start in enumerate(range(0, n, size))]
-
-
 def _in_chunks(n: int, size: int, f) -> None:
     """f(rows) for n rows, so many at a time."""
     lax.fori_loop(0, n // size, lambda i, _: f(pl.ds(pl.multiple_of(i * size, size), size)), None)
@@ -331,7 +327,7 @@ def _in_chunks(n: int, size: int, f) -> None:
 def _scaled(values, scales, size: int, converts: bool):
     """Values [rows, n], with a scale for every `size` of a row, in bfloat16."""
     values = _float32(values, converts)
-    blocks = [values[:, at] * scales[:, b : b + 1] for b, at in _blocks(values.shape[1], size)]
+    blocks = [values[:, at] * scales[:, b : b + 1] for b, at in enumerate(slices(values.shape[1], size))]
     return jnp.concatenate([block.astype(jnp.bfloat16) for block in blocks], axis=1)
 
 

@@ -127,11 +127,10 @@ def dispatch(
 
     here = x.shape[0]
     size = buffers.rows(n * k, here * min(k, n_local_experts)) if ways else n * k
-    if buffers.alignment > 1:
-        size = -(-size // buffers.alignment) * buffers.alignment + n_local_experts * (buffers.alignment - 1)
-        size = size // buffers.alignment * buffers.alignment
+    align = buffers.alignment
+    size = (-(-size // align) + n_local_experts * (align - 1) // align) * align
     own = choices() - me * n_local_experts == jnp.arange(n_local_experts)[:, None, None]  # [E_local, K, R]
-    place, fits, group_sizes = _in_order(jnp.any(own, axis=1), size, buffers.alignment)
+    place, fits, group_sizes = _in_order(jnp.any(own, axis=1), size, align)
     places = jnp.min(jnp.where(own, place[:, None], size), axis=0)  # [K, R]
     pairs, fan = _fan(places, size)
     pair_weights = _spread(said[:, :k].T.reshape(-1), Fan(pairs, places.reshape(1, -1)))

@@ -59,7 +59,7 @@ def test(config: Config, folder: Path, n_seeds: int, say: Callable[[str], None])
                 compute=replace(config.compute, precision=recipe),
             )
             losses[recipe, seed] = _trained(once, folder / f"{recipe}-{seed}", say)
-    result = compare({key: np.array(values) for key, values in losses.items()}, n_seeds)
+    result = compare(losses, n_seeds)
     folder.mkdir(parents=True, exist_ok=True)
     whole = {**result, "preset": config.name, "steps": config.steps, "machine": loop.machine()}
     whole["tokens"] = config.steps * config.batch_size * config.seq_len
@@ -75,7 +75,7 @@ def compare(losses: dict[tuple[str, int], np.ndarray], n_seeds: int) -> dict[str
 
     losses: [steps] nats a token, by recipe and seed. The claim holds if the mean of the seeds is within the bound.
     """
-    n = max(1, round(LAST * len(losses[BASE, 0])))
+    n = _compared(len(losses[BASE, 0]))
     ends = {key: float(np.mean(values[-n:])) for key, values in losses.items()}
     rows = {}
     for recipe in dict.fromkeys(recipe for recipe, _ in losses):
@@ -105,25 +105,32 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     return head, rows
 
 
-def _trained(config: Config, run: Path, say) -> list[float]:
+def _trained(config: Config, run: Path, say) -> np.ndarray:
     """Losses of every step of a run, which is trained if it is not."""
-    if _steps_done(run) < config.steps:
+    losses = _losses(run)
+    if max(losses, default=0) < config.steps:
         say(f"{run}: training")
         loop.train(config, run, quiet=True)
-    done = _steps_done(run)
+        losses = _losses(run)
+    done = max(losses, default=0)
     if done < config.steps:
         raise ConfigError(f"{run}: stopped at step {done} of {config.steps}; the same command goes on from there")
-    losses = {row["step"]: row["loss"] for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"}
     if sorted(losses) != list(range(1, config.steps + 1)):
-        raise ConfigError(f"{run}: a run of {max(losses)} steps; expected {config.steps}; choose another --out")
-    return [np.nan if losses[step] is None else losses[step] for step in sorted(losses)]
+        raise ConfigError(f"{run}: a run of {done} steps; expected {config.steps}; choose another --out")
+    return np.array([losses[step] for step in sorted(losses)], float)  # NaN for null
 
 
-def _steps_done(run: Path) -> int:
-    return max((row["step"] for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"), default=0)
+def _losses(run: Path) -> dict[int, float | None]:
+    """By step, as far as the run has come."""
+    return {row["step"]: row["loss"] for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"}
 
 
-def draw(losses: dict[tuple[str, int], Any], n_seeds: int, path: Path) -> None:
+def _compared(n_steps: int) -> int:
+    """How many of the steps a mean is of."""
+    return max(1, round(LAST * n_steps))
+
+
+def draw(losses: dict[tuple[str, int], np.ndarray], n_seeds: int, path: Path) -> None:
     """Losses, and the relative difference to bf16, both as means of the last tenth of the steps before each, as PNG."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -131,7 +138,7 @@ def draw(losses: dict[tuple[str, int], Any], n_seeds: int, path: Path) -> None:
     from dsjax.train.picture import BLUE, GREEN, GREY, INK, ORANGE, STYLE
 
     colours = dict(zip((BASE, CLAIMED, *CONTROLS), (INK, BLUE, GREY, ORANGE, GREEN)))
-    n = max(1, round(LAST * len(losses[BASE, 0])))
+    n = _compared(len(losses[BASE, 0]))
     smooth = {key: np.convolve(values, np.ones(n) / n, mode="valid") for key, values in losses.items()}
     steps = np.arange(n, len(losses[BASE, 0]) + 1)
     with matplotlib.rc_context(STYLE):

@@ -52,8 +52,8 @@ def _amplified(positions, cfg, right=rope.rope_tables):
     return cos * rope._amplitude(s.factor, s.mscale), sin * rope._amplitude(s.factor, s.mscale)
 
 
-def _biased_weights(self, x, bias, right=router.Router.__call__):
-    routing = right(self, x, bias)
+def _biased_weights(self, x, bias, right=router.Router.__call__, **options):
+    routing = right(self, x, bias, **options)
     return routing.replace(weights=router.gate_weights(routing.scores + bias, routing.indices, self.cfg))
 
 
