@@ -68,13 +68,13 @@ def _no_shared(self, x, bias, compute):
     return y, routing, overflow
 
 
-def _raw_latent(self, x, rope_tables):
+def _raw_latent(self, x, rope_tables, scaling=None):
     latent = jnp.einsum("btd,dc->btc", x, self.wkv_a)
     c_kv, k_rope = jnp.split(latent, [self.cfg.kv_lora_rank], axis=-1)
     return mla.LatentCache(c_kv, mla.apply_rope(k_rope, *rope_tables))
 
 
-def _hidden_first(self, embedding, hidden):
+def _hidden_first(self, embedding, hidden, scaling=None):
     both = jnp.concatenate([self.hnorm(hidden), self.enorm(embedding)], axis=-1)
     return jnp.einsum("btc,cd->btd", both, self.eh_proj, out_sharding=spec("batch", "seq", None))
 
