@@ -265,7 +265,7 @@ class ComputeConfig:
     scaled_matmul: Literal["auto", "emulated", "dequantised", "pallas_tpu", "pallas_gpu"] = Field(
         "auto", description="implementation of FP8 matmuls and quantisation; auto chooses by platform"
     )
-    attention: Literal["auto", "blocks", "splash"] = Field(
+    attention: Literal["auto", "blocks", "splash", "cudnn"] = Field(
         "auto", description="implementation of attention in training and prefill; auto chooses by platform"
     )
     latent_attention: Literal["auto", "reference", "pallas_tpu"] = Field(

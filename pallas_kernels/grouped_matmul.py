@@ -6,7 +6,6 @@
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,8 +21,6 @@ from pallas_kernels.grouped_matmul_tpu import pallas_tpu
 
 IMPLEMENTATION_BY_PLATFORM = {"cpu": "tiles", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 ALIGNMENT = {"pallas_gpu": grouped_matmul_gpu.ALIGNMENT}  # of groups, for which no rows are copied
-
-_log = logging.getLogger(__name__)
 
 
 def grouped_matmul(
@@ -49,15 +46,9 @@ def grouped_matmul(
     if name != "pallas_gpu":
         return IMPLEMENTATIONS[name](x, w, group_sizes)
     if reason := grouped_matmul_gpu.unsupported(x, w):
-        warn_once(f"grouped matmul by tiles, not by the kernels for GPUs: {reason}")
+        choice.warn_once(f"grouped matmul by tiles, not by the kernels for GPUs: {reason}")
         return tiles(x, w, group_sizes)
     return pallas_gpu(x, w, group_sizes, alignment=alignment)
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    """One line in the log, however often it is asked for."""
-    _log.warning(message)
 
 
 def choose(implementation: str) -> str:

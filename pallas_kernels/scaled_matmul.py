@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import grouped_matmul as unscaled
 from pallas_kernels import scaled_matmul_gpu as gpu
-from pallas_kernels.choice import choose
+from pallas_kernels.choice import choose, warn_once
 from pallas_kernels.grouped_matmul_tpu import walk
 from pallas_kernels.quantise import Quantised, dequantise, length, spread
 from pallas_kernels.scaled_matmul_tpu import pallas_gradient, pallas_matmul
@@ -84,7 +84,7 @@ def _for_gpu(left: Quantised, right: Quantised, group_sizes):
     if left.values.shape[0] % gpu.ALIGNMENT:
         reason = reason or f"{left.values.shape[0]} rows; expected a multiple of {gpu.ALIGNMENT}"
     if reason:
-        unscaled.warn_once(f"FP8 matmul by dequantising, not by the kernels for GPUs: {reason}")
+        warn_once(f"FP8 matmul by dequantising, not by the kernels for GPUs: {reason}")
         return None
     rows = left.values.shape[0]
     return jnp.full(1, rows, jnp.int32) if group_sizes is None else group_sizes.astype(jnp.int32)

@@ -1,5 +1,5 @@
 """softmax(q k^T) v under a causal and document mask: `blocks` of queries with a gradient of its own, which runs
-everywhere, and JAX's `splash` kernels for TPUs, in which no score leaves the chip's own memory.
+everywhere, JAX's `splash` kernels for TPUs and NVIDIA's `cudnn`, in which no score leaves the chip's own memory.
 """
 
 import functools
@@ -10,14 +10,17 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.choice import choose, warn_once
 from pallas_kernels.scaled_linear import Scaling, scaled_linears
 from sharding.rules import constrain, spec, whole
 
-IMPLEMENTATION_BY_PLATFORM = {"cpu": "blocks", "tpu": "splash", "gpu": "blocks"}
+IMPLEMENTATIONS = "blocks", "splash", "splash_interpret", "cudnn"
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "blocks", "tpu": "splash", "gpu": "cudnn"}
 
 _MIN_BLOCK, _MAX_BLOCKS = 128, 8
 _CHUNK = 512  # rows of a block whose scores are held at a time
 _LANES = 128  # splash takes rows by whole lanes
+_CUDNN_LONGEST = 8192  # tokens; which pairs see each other takes 2 T^2 bytes a sequence there
 
 
 def attend(
@@ -33,14 +36,15 @@ def attend(
     Where the sequence is sharded over `context`, keys and values travel. The backward pass computes the scores again,
     and no pass holds those of more than 512 rows. For jax.checkpoint the output is named "attn_out".
 
-    implementation: "auto" (by platform), "blocks", "splash", or "splash_interpret" (the kernels on a CPU, for tests).
-    The kernels leave to blocks what they cannot do: a sequence that is sharded over `context`, or that 128 does not
-    divide.
+    implementation: "auto" (by platform), "blocks", "splash", "splash_interpret" (the kernels on a CPU, for tests) or
+    "cudnn". The kernels leave to blocks what they cannot do: a sequence that is sharded over `context`, or that 128
+    does not divide; for cuDNN one of more than 8,192 tokens, or float32. Where JAX finds no cuDNN that can, or a GPU
+    older than Hopper, blocks are used with a line in the log. Any other name raises ValueError.
     """
     heads = spec("batch", "seq", "heads", None)
 
     def local(q, k, v, *places):
-        return _attend_locally(q, whole(k, "context", 1), whole(v, "context", 1), places, scale, choose(implementation))
+        return _attend_locally(q, whole(k, "context", 1), whole(v, "context", 1), places, scale, implementation)
 
     return _sharded(local, q, segment_ids, (k, v), (heads, heads))
 
@@ -70,7 +74,7 @@ def attend_latent(
         k_nope, v = jnp.split(kv, [nope], axis=-1)
         shared = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:-1], k_rope.shape[-1]))
         k = jnp.concatenate([k_nope, shared], axis=-1)
-        return _attend_locally(q, k, v, places, scale, choose(implementation))
+        return _attend_locally(q, k, v, places, scale, implementation)
 
     latent = spec("batch", "seq", None)
     return _sharded(local, q, segment_ids, (c_kv, k_rope, wkv_b), (latent, latent, spec("rank", "heads", None)))
@@ -87,15 +91,18 @@ def _sharded(local, q, segment_ids, arrays, specs):
 
 
 def _attend_locally(q, k, v, places, scale, implementation):
+    """places: index of each query; segments of queries; of keys."""
+    implementation = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
+    by_kernel = q.shape[1] == k.shape[1] and k.shape[1] % _LANES == 0
+    if implementation == "cudnn" and by_kernel and q.dtype == jnp.bfloat16 and k.shape[1] <= _CUDNN_LONGEST:
+        try:
+            return checkpoint_name(_library(q, k, v, places[2], scale, "cudnn"), "attn_out")
+        except (NotImplementedError, RuntimeError) as error:  # found as JAX traces: version and GPU
+            warn_once(f"attention in blocks, not by cuDNN: {str(error).splitlines()[0]}")
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # [B, H, T, .]: one copy here, none in the blocks
-    if implementation != "blocks" and q.shape[2] == k.shape[2] and k.shape[2] % _LANES == 0:
+    if implementation.startswith("splash") and by_kernel:
         return _splash(q, k, v, places[2], scale, implementation == "splash_interpret").swapaxes(1, 2)
     return checkpoint_name(_attend(q, k, v, places, scale).swapaxes(1, 2), "attn_out")
-
-
-def choose(implementation: str) -> str:
-    """The implementation that a name stands for: "auto" goes by platform."""
-    return IMPLEMENTATION_BY_PLATFORM[jax.default_backend()] if implementation == "auto" else implementation
 
 
 def _splash(q, k, v, segment_ids, scale, interpret):
@@ -119,6 +126,15 @@ def _splash(q, k, v, segment_ids, scale, interpret):
     )
     q = (q * scale).astype(q.dtype)
     return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=SegmentIds(ids, ids)))(q, k, v, segment_ids)
+
+
+def _library(q, k, v, segment_ids, scale, name):
+    """By jax.nn, whose keys and values have one width: values get zeros. The documents are a mask that all heads share,
+    [B, 1, T, T], as JAX offers cuDNN no other one that leaves their number open."""
+    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    wide = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, k.shape[-1] - v.shape[-1])))
+    y = jax.nn.dot_product_attention(q, k, wide, mask=same, scale=scale, is_causal=True, implementation=name)
+    return y[..., : v.shape[-1]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

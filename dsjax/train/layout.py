@@ -21,6 +21,7 @@ ONLY_ON = (
     ("scaled_matmul", "pallas_tpu", ["tpu"]),
     ("scaled_matmul", "pallas_gpu", ["gpu"]),
     ("attention", "splash", ["tpu"]),
+    ("attention", "cudnn", ["gpu"]),
     ("latent_attention", "pallas_tpu", ["tpu"]),
     ("exchange", "ragged", ["tpu", "gpu"]),
 )

@@ -1,15 +1,20 @@
 """Attention in blocks against one plain softmax; MLA against the paper's equations; absorbed against expanded."""
 
+import logging
+import re
+
 import jax
 import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from dsjax.model import attention
 from dsjax.model.attention import attend
 from dsjax.model.rope import inv_freq, rope_tables, softmax_scale
 from dsjax.state import KVCache, LatentCache
+from pallas_kernels import choice
 from sharding.rules import spec
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -107,6 +112,59 @@ def test_several_blocks_of_queries_equal_one_softmax_forward_and_backward(implem
         plain_gradients = jax.jit(jax.grad(whole, argnums=(0, 1, 2)))(*plain)
     for got, wanted in zip(gradients, plain_gradients, strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_what_cudnn_is_asked_for_is_the_same_attention():
+    """By the same call of jax.nn with its other implementation, which runs everywhere."""
+    rng, t = np.random.default_rng(0), 40
+    q, k, v, g = (jnp.asarray(rng.normal(size=(2, t, 2, w)), jnp.float32) for w in (8, 8, 6, 6))
+    segments = np.asarray([[1] * 20 + [2] * 15 + [0] * 5, [1] * t])
+
+    def both(q, k, v):
+        y = attention._library(q, k, v, jnp.asarray(segments), 0.3, "xla")
+        index = jnp.arange(t)
+        places = index, jnp.asarray(segments), jnp.asarray(segments)
+        swapped = attention._attend(*(a.swapaxes(1, 2) for a in (q, k, v)), places, 0.3)
+        return jnp.stack([jnp.sum(g * y), jnp.sum(g * swapped.swapaxes(1, 2))]), y
+
+    with jax.set_mesh(None):
+        (gradients, y) = jax.jit(jax.jacrev(both, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    np.testing.assert_allclose(y, naive(q, k, v, segments, 0.3), atol=1e-5)
+    for by_library, by_blocks in gradients:
+        np.testing.assert_allclose(by_library, by_blocks, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "t", "calls"),
+    [(jnp.bfloat16, 256, 2), (jnp.bfloat16, 200, 0), (jnp.bfloat16, 16384, 0), (jnp.float32, 256, 0)],
+)
+def test_cudnn_is_called_forward_and_backward_where_it_can(dtype, t, calls, monkeypatch):
+    """Lowered for a Hopper GPU that is not there, which JAX asks for its version and age."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 92200)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: capability <= "9.0")
+    text = lowered_for_a_gpu(dtype, t)
+    assert len(re.findall(r'custom_call @"?__cudnn\$fmha', text)) == calls
+    assert ("exponential" in text) == (calls == 0)
+
+
+def test_without_cudnn_attention_is_in_blocks_and_that_is_said_once(caplog):
+    choice.warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        texts = [lowered_for_a_gpu(jnp.bfloat16, t) for t in (256, 128)]
+    assert len(caplog.records) == 1 and "attention in blocks, not by cuDNN: " in caplog.text
+    assert all("exponential" in text for text in texts)
+
+
+def lowered_for_a_gpu(dtype, t):
+    heads = spec("batch", "seq", "heads", None)
+    q, v = (jax.ShapeDtypeStruct((1, t, 2, w), dtype, sharding=heads) for w in (192, 128))
+    ids = jax.ShapeDtypeStruct((1, t), jnp.int32, sharding=spec("batch", "seq"))
+
+    def forward_and_back(q, k, v, ids):
+        y, pull = jax.vjp(lambda q, k, v: attend(q, k, v, ids, 0.1, "cudnn"), q, k, v)
+        return pull(y)
+
+    return jax.jit(forward_and_back).trace(q, q, v, ids).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_32768_tokens_hold_no_scores_of_all_pairs():

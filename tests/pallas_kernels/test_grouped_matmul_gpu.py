@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import grouped_matmul as grouped
+from pallas_kernels import choice
 from pallas_kernels.grouped_matmul import grouped_matmul, reference
 from pallas_kernels.grouped_matmul_gpu import ROWS, align, gather, pallas_gpu, tile_experts, unsupported
 from pallas_kernels.quantise import Tile, quantise
@@ -118,7 +118,7 @@ def test_a_tile_is_of_the_expert_whose_rows_it_holds():
 
 
 def test_what_the_kernels_cannot_do_is_said_and_done_by_tiles(caplog):
-    grouped.warn_once.cache_clear()
+    choice.warn_once.cache_clear()
     x, w, sizes = draw(48, 16), draw(5, 16, 24), jnp.array([3, 0, 30, 9, 1])
     with caplog.at_level(logging.WARNING):
         got = [grouped_matmul(x, w, sizes, implementation="pallas_gpu") for _ in range(2)]
@@ -137,7 +137,7 @@ def test_widths_that_are_no_multiples_of_128_are_named():
 
 
 def test_fp8_that_the_kernels_cannot_multiply_is_dequantised_and_that_is_said(caplog):
-    grouped.warn_once.cache_clear()
+    choice.warn_once.cache_clear()
     x, w = quantise(draw(128, 256), Tile(1, 256)), quantise(draw(256, 128), Tile(256, 1))
     with caplog.at_level(logging.WARNING):
         got = scaled_matmul(x, w, dtype=jnp.float32, implementation="pallas_gpu")

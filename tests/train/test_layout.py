@@ -180,6 +180,7 @@ def test_a_mesh_of_sizes_that_divide_is_made(tmp_path):
     [
         ("grouped_matmul", "pallas_tpu"),
         ("attention", "splash"),
+        ("attention", "cudnn"),
         ("latent_attention", "pallas_tpu"),
         ("exchange", "ragged"),
     ],
@@ -187,5 +188,5 @@ def test_a_mesh_of_sizes_that_divide_is_made(tmp_path):
 def test_what_a_cpu_cannot_run_is_refused(name, value):
     config = configs.load("tiny")
     config = replace(config, compute=replace(config.compute, **{name: value}))
-    with pytest.raises(ConfigError, match=rf"compute\.{name}={value}: runs on tpu.*, here is cpu; auto chooses"):
+    with pytest.raises(ConfigError, match=rf"compute\.{name}={value}: runs on [gt]pu.*, here is cpu; auto chooses"):
         layout.device_mesh(config)
