@@ -59,6 +59,20 @@ def quantise(x: Float[Array, "*B R C"], tile: Tile, *, implementation: str = "au
     return IMPLEMENTATIONS[name](x, tile)
 
 
+def quantise_all(
+    of: Callable, operands: tuple[Float[Array, "R _C"], ...], tile: Tile, *, implementation: str = "auto"
+) -> list[Quantised]:
+    """What `of` makes of the operands, element by element, each as `quantise` would: on TPUs in one pass over them.
+
+    of(*operands) returns arrays [R, C]; the first operand is [R, C], others may be [R, 1]. Raises what `quantise` does.
+    """
+    name = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
+    shape = operands[0].shape
+    if name.startswith("pallas") and quantise_tpu.takes(*_lengths(tile, shape), shape, len(operands)):
+        return _kernel(operands, tile, of=of, interpret=name == "pallas_interpret")
+    return [quantise(x, tile, implementation=name) for x in of(*operands)]
+
+
 def dequantise(x: Quantised, dtype=jnp.float32) -> Float[Array, "*B R C"]:
     """The values that x stands for: their product with the scales in float32, rounded to dtype."""
     *_, r, c = x.values.shape
@@ -79,18 +93,25 @@ def reference(x: Float[Array, "*B R C"], tile: Tile) -> Quantised:
 
 def by_kernel(x: Float[Array, "*B R C"], tile: Tile, interpret=False) -> Quantised:
     """As `reference`, in one pass over x, for tiles that the kernel takes; others by the definition."""
-    rows, columns = (length(size, n) for size, n in zip((tile.rows, tile.columns), x.shape[-2:]))
-    if not quantise_tpu.takes(rows, columns, x.shape):
+    if not quantise_tpu.takes(*_lengths(tile, x.shape), x.shape):
         return reference(x, tile)
 
     def one(x):
-        return quantise_tpu.pallas_tpu(
-            x, rows, columns, functools.partial(scale_of, ue8m0=tile.ue8m0), interpret=interpret
-        )
+        return _kernel((x,), tile, interpret=interpret)[0]
 
     for _ in x.shape[:-2]:
         one = jax.vmap(one)
-    return Quantised(*one(x), tile)
+    return one(x)
+
+
+def _kernel(operands, tile: Tile, **options) -> list[Quantised]:
+    scale = functools.partial(scale_of, ue8m0=tile.ue8m0)
+    results = quantise_tpu.pallas_tpu(operands, *_lengths(tile, operands[0].shape), scale, **options)
+    return [Quantised(*result, tile) for result in results]
+
+
+def _lengths(tile: Tile, shape: tuple[int, ...]) -> tuple[int, int]:
+    return length(tile.rows, shape[-2]), length(tile.columns, shape[-1])
 
 
 def scale_of(largest: Float[Array, "*B"], ue8m0: bool) -> Float[Array, "*B"]:

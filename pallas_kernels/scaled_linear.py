@@ -67,8 +67,11 @@ def scaled_swiglu(
 
 
 def _quantise(x, tile: Tile, scaling: Scaling) -> Quantised:
-    name = scaling.implementation if scaling.implementation in quantising.IMPLEMENTATIONS else "auto"
-    return quantising.quantise(x, tile, implementation=name)
+    return quantising.quantise(x, tile, implementation=_quantiser(scaling))
+
+
+def _quantiser(scaling: Scaling) -> str:
+    return scaling.implementation if scaling.implementation in quantising.IMPLEMENTATIONS else "auto"
 
 
 def _in_groups(x, group_sizes):
@@ -102,33 +105,48 @@ _linears.defvjp(_linears_forward, _linears_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _down(gate, up, row_weights, w, group_sizes, scaling, alignment):
-    h = _swiglu(gate, up, row_weights)
-    return _products(_quantise(h, scaling.forward.left, scaling), h.dtype, (w,), group_sizes, scaling, alignment)[0]
+    (h,) = _swiglu_quantised(lambda gate, up, h: (h,), gate, up, row_weights, scaling)
+    return _products(h, gate.dtype, (w,), group_sizes, scaling, alignment)[0]
 
 
 def _down_forward(gate, up, row_weights, w, group_sizes, scaling, alignment):
-    names = "mlp_gate", "mlp_up"
+    if scaling.kept == scaling.forward.left:  # three results of one walk
+        *kept, h = _swiglu_quantised(lambda *all: all, gate, up, row_weights, scaling)
+    else:
+        kept = [_kept(a, scaling) for a in (gate, up)]
+        (h,) = _swiglu_quantised(lambda gate, up, h: (h,), gate, up, row_weights, scaling)
     kept = [
-        jax.tree.map(lambda leaf, name=name: checkpoint_name(leaf, name), _kept(a, scaling))
-        for a, name in zip((gate, up), names)
+        jax.tree.map(lambda leaf, name=name: checkpoint_name(leaf, name), a)
+        for a, name in zip(kept, ("mlp_gate", "mlp_up"))
     ]
-    return _down(gate, up, row_weights, w, group_sizes, scaling, alignment), (*kept, row_weights, w, group_sizes)
+    y = _products(h, gate.dtype, (w,), group_sizes, scaling, alignment)[0]
+    return y, (*kept, row_weights, w, group_sizes)
+
+
+def _swiglu_quantised(choice, gate, up, row_weights, scaling: Scaling):
+    """What is chosen of gate, up and their SwiGLU, quantised as the left operand of a product."""
+
+    def of(gate, up, *row_weights):
+        return choice(gate, up, _swiglu(gate, up, *row_weights))
+
+    operands = (gate, up) if row_weights is None else (gate, up, row_weights[:, None])
+    return quantising.quantise_all(of, operands, scaling.forward.left, implementation=_quantiser(scaling))
 
 
 def _down_backward(scaling, alignment, residuals, dy):
     gate, up, row_weights, w, group_sizes = residuals
-    h, pull = jax.vjp(_swiglu, _restored(gate), _restored(up), row_weights)
+    factors = _restored(gate), _restored(up), *(() if row_weights is None else (row_weights[:, None],))
+    h, pull = jax.vjp(_swiglu, *factors)
     dh, (dw,) = _gradients(h, (w,), (dy,), group_sizes, scaling, alignment)
-    dgate, dup, dweights = pull(dh.astype(h.dtype))
-    return dgate.astype(dy.dtype), dup.astype(dy.dtype), dweights, dw, None
+    dgate, dup, *dweights = pull(dh.astype(h.dtype))
+    return dgate.astype(dy.dtype), dup.astype(dy.dtype), dweights[0][:, 0] if dweights else None, dw, None
 
 
 _down.defvjp(_down_forward, _down_backward)
 
 
-def _swiglu(gate, up, row_weights):
-    h = jax.nn.silu(gate.astype(jnp.float32)) * up
-    return (h if row_weights is None else h * row_weights[:, None]).astype(gate.dtype)
+def _swiglu(gate, up, row_weights=1.0):
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up * row_weights).astype(gate.dtype)
 
 
 def _products(x: Quantised, dtype, ws, group_sizes, scaling: Scaling, alignment):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.quantise import Tile, by_kernel, length, reference
+from pallas_kernels.quantise import Tile, by_kernel, length, quantise_all, reference
 from pallas_kernels.quantise_tpu import takes
 
 R, C = 300, 330  # no multiples of any tile
@@ -54,11 +54,29 @@ def test_a_stack_of_bfloat16_matrices(shape, tile):
     assert_same_bits(kernel(x, tile), defined(x, tile))
 
 
+def weighted(a, b, of_rows):
+    """What comes first itself, and something of all three, in bfloat16 as its definition."""
+    return a, (a * jnp.float32(b) * of_rows).astype(a.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def quantised(a, b, of_rows, tile, implementation):
+    return quantise_all(weighted, (a, b, of_rows), tile, implementation=implementation)
+
+
+@pytest.mark.parametrize("tile", [Tile(1, 128), Tile(128, 1, True), Tile(128, 128), Tile(None, None)], ids=str)
+def test_several_results_of_several_matrices_in_one_walk(tile):
+    a, b, of_rows = draw(R, C, dtype=jnp.bfloat16), draw(R, C)[::-1], jnp.linspace(-1, 1, R)[:, None]
+    for got, wanted in zip(*(quantised(a, b, of_rows, tile, name) for name in ("pallas_interpret", "reference"))):
+        assert_same_bits(got, wanted)
+
+
 def test_a_matrix_with_one_scale_and_one_too_wide_are_left_to_the_definition():
     assert not takes(16384, 7168, (16384, 7168))
     assert not takes(1, 128, (8, 1 << 20))
     assert not takes(7, 128, (14, 256))
-    assert takes(1, 128, (16384, 18432)) and takes(128, 128, (7168, 4096)) and takes(512, 1, (16384, 7168))
+    assert takes(1, 128, (16384, 18432), 3) and takes(128, 128, (7168, 18432))
+    assert takes(512, 1, (16384, 7168)) and not takes(512, 1, (16384, 7168), 16)
 
 
 @pytest.mark.parametrize("tile", [Tile(1, 128), Tile(128, 1)], ids=str)
