@@ -2,7 +2,8 @@
 
 `grouped_matmul` is the public function, `reference` its definition, `tiles` the one that XLA:CPU runs fast,
 `pallas_tpu` (in grouped_matmul_tpu.py) that of TPUs and `pallas_gpu` (in grouped_matmul_gpu.py) that of Hopper GPUs.
-`grouped_swiglu` is three of them with SwiGLU between, which "tiles" runs in one walk over the rows.
+`grouped_swiglu` is three of them with SwiGLU between, which "tiles" runs in one walk over the rows, and TPUs by
+grouped_swiglu_tpu.py.
 """
 
 import functools
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import choice, grouped_matmul_gpu
 from pallas_kernels.grouped_matmul_gpu import pallas_gpu
 from pallas_kernels.grouped_matmul_tpu import pallas_tpu
+from pallas_kernels.grouped_swiglu_tpu import pallas_swiglu
 
 IMPLEMENTATION_BY_PLATFORM = {"cpu": "tiles", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 ALIGNMENT = {"pallas_gpu": grouped_matmul_gpu.ALIGNMENT}  # of groups, for which no rows are copied
@@ -71,8 +73,12 @@ def grouped_swiglu(
 
     For jax.checkpoint the products with w_gate and w_up are named "mlp_gate" and "mlp_up".
     """
-    if choose(implementation) == "tiles":
+    name = choose(implementation)
+    if name == "tiles":
         return _tiles_swiglu(x, row_weights[:, None], w_gate, w_up, w_down, group_sizes)
+    if name in ("pallas_tpu", "pallas_interpret"):
+        operands = x, row_weights, w_gate, w_up, w_down, group_sizes
+        return pallas_swiglu(*operands, _weighted_swiglu, interpret=name == "pallas_interpret")
     options = {"group_sizes": group_sizes, "implementation": implementation, "alignment": alignment}
     matmul = functools.partial(grouped_matmul, **options)
     gate = checkpoint_name(matmul(x, w_gate), "mlp_gate")

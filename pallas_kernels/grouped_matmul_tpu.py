@@ -65,18 +65,21 @@ def pallas_tpu(
     return _matmul(x, w, group_sizes.astype(jnp.int32), tiles, interpret)
 
 
-def choose_tiles(m: int, k: int, n: int, itemsize: int) -> Tiles:
-    """The tiles of [m, k] x [k, n] that take the least time by a roofline, of those that fit."""
+def choose_tiles(m: int, k: int, n: int, itemsize: int, n_weights: int = 1, n_results: int = 1) -> Tiles:
+    """The tiles of [m, k] x [k, n] that take the least time by a roofline, of those that fit: of the products with so
+    many weights at once, of which so many results are made."""
 
     def time(rows, columns):  # 1 is that of the products; x is read for each block of columns, weights and results once
-        moved = BALANCE * itemsize / 2 * (1 / columns + 1 / k)
+        moved = BALANCE * itemsize / 2 * (1 / columns + n_results / k) / n_weights
         return (max(1.0, moved) + 0.03 * 512 / rows) * padded(n, columns)
 
     candidates = [
         (time(rows, columns), Tiles(rows, columns))
         for rows in sizes(whole_parts(m), 512, 16)
         for columns in sizes(n, 2048, 128)
-        if (2 * (rows * k + k * columns + rows * columns) * itemsize + 4 * rows * columns) <= USED * VMEM_BYTES
+        if 2 * (rows * k + n_weights * k * columns + n_results * rows * columns) * itemsize
+        + 4 * n_weights * rows * columns
+        <= USED * VMEM_BYTES
     ]
     if not candidates:
         raise ValueError(f"grouped matmul: no tile of [{m}, {k}] x [{k}, {n}] fits {VMEM_BYTES >> 20} MiB of VMEM")
@@ -188,28 +191,30 @@ def _rows_times_weights_kernel(starts, group, tile, read, x, w, y, *, n_groups, 
         weights, contract = (
             (w[columns], (((1,), (1,)), ((), ()))) if transposed else (w[:, columns], (((1,), (0,)), ((), ())))
         )
-        return product(x[rows], weights, contract)
+        return (product(x[rows], weights, contract),)
 
     strips = functools.partial(in_strips, k=x.shape[1], n=y.shape[1])
-    write(y, values, group[step] < n_groups, begin, end, strips)
+    write((y,), values, group[step] < n_groups, begin, end, strips)
 
 
-def write(y, values, multiplied, begin, end, strips) -> None:
-    """Writes values(rows, columns) for the group's rows of a tile, zeros if they are not multiplied, strip by strip."""
+def write(results, values, multiplied, begin, end, strips) -> None:
+    """Writes values(rows, columns), one for each result, for the group's rows of a tile, zeros if they are not
+    multiplied, strip by strip."""
 
     def zeros(rows, columns):
-        return jnp.zeros((rows.size, columns.size), y.dtype)
+        return (jnp.zeros((rows.size, columns.size), y.dtype) for y in results)
 
     def put(values, rows, columns):
-        y[rows, columns] = values(rows, columns).astype(y.dtype)
+        for y, new in zip(results, values(rows, columns)):
+            y[rows, columns] = new.astype(y.dtype)
 
     def put_own(values, rows, columns):
-        new = values(rows, columns).astype(y.dtype)
-        y[rows, columns] = jnp.where(between(begin, end, rows), new, y[rows, columns])
+        for y, new in zip(results, values(rows, columns)):
+            y[rows, columns] = jnp.where(between(begin, end, rows), new.astype(y.dtype), y[rows, columns])
 
     for when, these in ((multiplied, values), (~multiplied, zeros)):
         whole, part = (strips(functools.partial(f, these)) for f in (put, put_own))
-        by_parts(when, begin, end, y.shape[0], whole, part)
+        by_parts(when, begin, end, results[0].shape[0], whole, part)
 
 
 def in_strips(put, k: int, n: int, elements: int | None = None, height: int | None = None):
@@ -325,6 +330,6 @@ def parameters(*semantics):
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=int(0.95 * VMEM_BYTES))
 
 
-def cost(m, k, n, *operands):
-    moved = sum(a.size * a.dtype.itemsize for a in operands)
+def cost(m, k, n, *arrays):
+    moved = sum(a.size * a.dtype.itemsize for a in arrays)
     return pl.CostEstimate(flops=2 * m * k * n, bytes_accessed=moved, transcendentals=0)

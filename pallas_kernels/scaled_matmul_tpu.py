@@ -239,10 +239,10 @@ def _native_matmul_kernel(starts, group, tile, read, x, x_scales, w, w_scales, y
             block = unscaled.product(x[rows, at], w[columns, at] if transposed else w[at, columns], contract)
             block = block * x_scales[rows, b : b + 1] * w_scales[b : b + 1, columns]
             total = block if total is None else total + block
-        return total
+        return (total,)
 
     strips = functools.partial(unscaled.in_strips, k=x.shape[1], n=y.shape[1], height=_HEIGHT)
-    unscaled.write(y, values, group[step] < n_groups, begin, end, strips)
+    unscaled.write((y,), values, group[step] < n_groups, begin, end, strips)
 
 
 def _converting_matmul_kernel(
@@ -265,14 +265,11 @@ def _converting_matmul_kernel(
         _in_chunks(w.shape[0], min(_CHUNK, 32 if transposed else size), convert)
 
     def values(rows, columns):
-        return unscaled.product(
-            _scaled(x[rows], x_scales[rows], size, converts),
-            weights[columns] if transposed else weights[:, columns],
-            contract,
-        )
+        x_rows = _scaled(x[rows], x_scales[rows], size, converts)
+        return (unscaled.product(x_rows, weights[columns] if transposed else weights[:, columns], contract),)
 
     strips = functools.partial(unscaled.in_strips, k=x.shape[1], n=y.shape[1], elements=2 * unscaled.STRIP)
-    unscaled.write(y, values, mine < n_groups, begin, end, strips)
+    unscaled.write((y,), values, mine < n_groups, begin, end, strips)
 
 
 def _native_gradient_kernel(starts, group, tile, x, x_scales, dy, dy_scales, dw, total, *, size):

@@ -12,8 +12,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 import configs
 from pallas_kernels import grouped_matmul_tpu as kernels
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import _weighted_swiglu, grouped_swiglu, reference
 from pallas_kernels.grouped_matmul_tpu import Tiles, pallas_tpu
+from pallas_kernels.grouped_swiglu_tpu import pallas_swiglu
 
 M, K, N, E = 56, 24, 160, 5  # no tile below divides any but K
 TILES = Tiles(16, 128), Tiles(32, 16), Tiles(16, 128, 16)
@@ -79,6 +80,53 @@ def test_no_races_on_two_cores(capfd):
     interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
     assert_same(run(*args, sizes, pallas_tpu, interpret), run(*args, sizes, reference))
     assert "RACE DETECTED" not in capfd.readouterr().out  # the detector only prints
+
+
+def swiglu_operands(dtype=jnp.float32):
+    rng = np.random.default_rng(1)
+    shapes = (M, K), (E, K, N), (E, K, N), (E, N, K), (M, K)
+    x, *weights, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+    return x, jnp.asarray(rng.random(M), jnp.float32), *weights, dy
+
+
+@functools.partial(jax.jit, static_argnames=("name", "interpret", "grad"))
+def run_swiglu(operands, group_sizes, name="kernel", interpret=True, grad=True):
+    """y, and the gradients by x, the rows' weights and the three weights."""
+    *operands, dy = operands
+
+    def f(*operands):
+        if name != "kernel":
+            return grouped_swiglu(*operands, group_sizes, implementation=name)
+        return pallas_swiglu(*operands, group_sizes, _weighted_swiglu, tiles=Tiles(16, 128), interpret=interpret)
+
+    if not grad:
+        return f(*operands)
+    y, pull = jax.vjp(f, *operands)
+    return y, *pull(dy)
+
+
+@settings(max_examples=10, deadline=None)
+@given(sizes=any_groups())
+def test_swiglu_of_any_groups_agrees_with_the_definition(sizes):
+    args, sizes = swiglu_operands(), jnp.array(sizes)
+    expected = run_swiglu(args, sizes, "reference")
+    assert_same(run_swiglu(args, sizes), expected, 1e-4)
+    assert_same([run_swiglu(args, sizes, grad=False)], expected[:1], 1e-4)  # gate and up are not written
+
+
+def test_swiglu_leaves_the_nan_of_rows_in_no_group_there():
+    (x, row_weights, *weights, dy), sizes = swiglu_operands(jnp.bfloat16), jnp.array([3, 0, 30, 9, 1])
+    expected = run_swiglu((x, row_weights, *weights, dy), sizes, "reference")
+    x, row_weights, dy = (a.at[43:].set(jnp.nan) for a in (x, row_weights, dy))
+    assert_same(run_swiglu((x, row_weights, *weights, dy), sizes), expected, 2**-5)
+
+
+def test_swiglu_without_races_on_two_cores(capfd):
+    args, sizes = swiglu_operands(), jnp.array([3, 0, 30, 9, 1])
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=2)
+    expected = run_swiglu(args, sizes, "reference", grad=False)
+    assert_same([run_swiglu(args, sizes, interpret=interpret, grad=False)], [expected], 1e-4)
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("shape", [(0, K, N), (M, 0, N), (M, K, 0)])
