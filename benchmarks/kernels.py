@@ -1,7 +1,8 @@
-"""Kernels for TPUs without a TPU: the grouped matmul by ours, JAX's megablox and XLA's ragged_dot, ours in FP8, and the
-attention of decoding by ours and XLA, compiled down to their last schedule, and read there; prints JSON.
+"""Kernels for TPUs without a TPU: the grouped matmul by ours, JAX's megablox and XLA's ragged_dot, ours with SwiGLU and
+in FP8, and the attention of decoding by ours and XLA, compiled to their last schedules, and read there; prints JSON.
 
     python -m benchmarks.kernels --kernel grouped_matmul --aot v6e --aot v5p --out benchmarks/results/kernels_aot.json
+    python -m benchmarks.kernels --kernel grouped_swiglu --out benchmarks/results/grouped_swiglu_aot.json
     python -m benchmarks.kernels --kernel scaled_matmul --out benchmarks/results/kernels_aot_fp8.json
     python -m benchmarks.kernels --kernel latent_attention --out benchmarks/results/latent_attention_aot.json
 
@@ -9,8 +10,8 @@ Of each kernel: the bundles (cycles, if nothing is waited for) and matmul instru
 matmuls, what share of those cycles the matrix units must be busy (`mxu`: four cycles an instruction, from the published
 peak; 1 where that is more than the bundles), its `time` by these cycles, over that of matrix units always busy with
 bfloat16 (an instruction on E4M3 does twice as much), spilled registers, and CPU seconds to compile. Of our attention
-the piece is a block of entries with its mask, which only a row's end needs. Of attention also the bytes of HBM that the
-compiler counts (of our kernel those it states: arguments and result once) and those of temporaries, copies included.
+the piece is a block of entries with its mask, which only a row's end needs. Then the bytes of HBM that the compiler
+counts (of our kernels those they state: operands and results once) and those of temporaries, copies included.
 Nothing is run or timed on a TPU. Needs libtpu (`pip install 'dsjax[plan]'`).
 """
 
@@ -34,6 +35,7 @@ from dsjax.plan.compile import ENVIRONMENT
 TOPOLOGY = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 SHAPES = {
     "grouped_matmul": ["16,16384,7168,2048", "16,16384,2048,7168"],  # experts, rows, K, N: DeepSeek-V3's two
+    "grouped_swiglu": ["16,16384,7168,2048"],
     "scaled_matmul": ["16,16384,7168,4096", "16,16384,2048,7168"],
     "latent_attention": ["64,128,512,64,8192"],  # B, H, C, R, S: DeepSeek-V3's
 }
@@ -102,6 +104,30 @@ def grouped_matmul(e: int, m: int, k: int, n: int) -> Iterator[Case]:
             yield Case(name, direction, function, arguments, options)
 
 
+def grouped_swiglu(e: int, m: int, k: int, n: int) -> Iterator[Case]:
+    """SwiGLU of two products, in one kernel and apart: alone, and in training, where the products are kept."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.grouped_matmul import _weighted_swiglu
+    from pallas_kernels.grouped_matmul_tpu import pallas_tpu
+    from pallas_kernels.grouped_swiglu_tpu import gate_up
+
+    def ours(x, row_weights, w_gate, w_up, sizes, keep):
+        return gate_up(x, row_weights[:, None], (w_gate, w_up), sizes, _weighted_swiglu, keep=keep)
+
+    def apart(x, row_weights, w_gate, w_up, sizes, keep):
+        gate, up = (pallas_tpu(x, w, sizes) for w in (w_gate, w_up))
+        h = _weighted_swiglu(gate, up, row_weights[:, None]).astype(x.dtype)
+        return (gate, up, h) if keep else h
+
+    x, *weights = _bfloat16((m, k), (e, k, n), (e, k, n))
+    of_rows, sizes = jax.ShapeDtypeStruct((m,), jnp.float32), jax.ShapeDtypeStruct((e,), jnp.int32)
+    for name, f in (("ours", ours), ("apart", apart)):
+        for direction, keep in (("forward", False), ("training", True)):
+            yield Case(name, direction, functools.partial(f, keep=keep), (x, of_rows, *weights, sizes))
+
+
 def scaled_matmul(e: int, m: int, k: int, n: int) -> Iterator[Case]:
     """With blocks of 128 and of 512 values that are summed over."""
     import jax
@@ -144,7 +170,7 @@ def latent_attention(b: int, h: int, c: int, r: int, s: int) -> Iterator[Case]:
         yield Case(name, "decode", functools.partial(attend, scale=0.1), arguments)
 
 
-KERNELS = {f.__name__: f for f in (grouped_matmul, scaled_matmul, latent_attention)}
+KERNELS = {f.__name__: f for f in (grouped_matmul, grouped_swiglu, scaled_matmul, latent_attention)}
 
 
 def _bfloat16(*shapes: tuple[int, ...]) -> list:
@@ -190,9 +216,8 @@ def compile_all(chip: str, kernel: str, shapes: list[str], only: list[str] | Non
             files = [path for path in dump.glob("*final_bundles.txt") if "schedule" not in path.name]
             found = max((schedule(path.read_text()) for path in files), key=lambda s: s["matmuls"])
             row |= found | {"compile_cpu_s": round(seconds, 1)}
-            if kernel == "latent_attention":
-                row["hbm_bytes"] = int(compiled.cost_analysis()["bytes accessed"])
-                row["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+            row["hbm_bytes"] = int(compiled.cost_analysis()["bytes accessed"])
+            row["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
             results.append(row)
             print(json.dumps(row), file=sys.stderr)
     return results

@@ -162,9 +162,10 @@ def _rows_times_weights(x, w, group_sizes, tiles: Tiles, transposed: bool, inter
         expert = jnp.minimum(group[s], n_groups - 1)
         return (expert, j, 0) if transposed else (expert, 0, j)
 
+    result = jax.ShapeDtypeStruct((m, n), x.dtype)
     return pl.pallas_call(
         functools.partial(_rows_times_weights_kernel, n_groups=n_groups, transposed=transposed),
-        out_shape=jax.ShapeDtypeStruct((m, n), x.dtype),
+        out_shape=result,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(n, tiles.columns), plan.n_steps),
@@ -177,7 +178,7 @@ def _rows_times_weights(x, w, group_sizes, tiles: Tiles, transposed: bool, inter
             out_specs=pl.BlockSpec((tiles.rows, tiles.columns), lambda j, s, starts, group, tile, read: (tile[s], j)),
         ),
         compiler_params=parameters("parallel", "arbitrary"),
-        cost_estimate=cost(m, k, n, x, w),
+        cost_estimate=cost(m, k, n, x, w, result),
         interpret=interpret,
         name="grouped_matmul_transposed" if transposed else "grouped_matmul",
     )(*plan[:4], x, w)
@@ -243,9 +244,10 @@ def _rows_times_rows(x, dy, group_sizes, tiles: Tiles, dtype, interpret):
     """dw[e] = x[rows of e].T @ dy[rows of e]."""
     (m, k), n, n_groups = x.shape, dy.shape[1], group_sizes.shape[0]
     plan = walk(group_sizes, m, tiles.rows, empty=True)
+    result = jax.ShapeDtypeStruct((n_groups, k, n), dtype)
     return pl.pallas_call(
         _rows_times_rows_kernel,
-        out_shape=jax.ShapeDtypeStruct((n_groups, k, n), dtype),
+        out_shape=result,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(pl.cdiv(k, tiles.depth), pl.cdiv(n, tiles.columns), plan.n_steps),
@@ -260,7 +262,7 @@ def _rows_times_rows(x, dy, group_sizes, tiles: Tiles, dtype, interpret):
             scratch_shapes=[pltpu.VMEM((tiles.depth, tiles.columns), jnp.float32)],
         ),
         compiler_params=parameters("parallel", "parallel", "arbitrary"),
-        cost_estimate=cost(m, k, n, x, dy),
+        cost_estimate=cost(m, k, n, x, dy, result),
         interpret=interpret,
         name="grouped_matmul_gradient",
     )(*plan[:3], x, dy)

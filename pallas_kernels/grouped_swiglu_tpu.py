@@ -1,5 +1,5 @@
-"""The experts' SwiGLU for TPUs, in Pallas: gate and up of a tile of rows are made in one program, and their SwiGLU while
-both are on the chip. Beside separate products, x is read half as often, and gate and up are not read again.
+"""The experts' SwiGLU for TPUs, in Pallas: gate and up of a tile of rows are made in one program, and their SwiGLU
+while both are on the chip. Beside separate products, x is read half as often, and gate and up are not read again.
 """
 
 import functools
@@ -39,12 +39,12 @@ def pallas_swiglu(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _swiglu(x, row_weights, weights, group_sizes, swiglu, tiles, interpret):
-    (h,) = _gate_up(x, row_weights, weights, group_sizes, swiglu, tiles, interpret, keep=False)
+    (h,) = gate_up(x, row_weights, weights[:2], group_sizes, swiglu, tiles, interpret, keep=False)
     return matmul.pallas_tpu(h, weights[2], group_sizes, interpret=interpret)
 
 
 def _forward(x, row_weights, weights, group_sizes, swiglu, tiles, interpret):
-    gate, up, h = _gate_up(x, row_weights, weights, group_sizes, swiglu, tiles, interpret, keep=True)
+    gate, up, h = gate_up(x, row_weights, weights[:2], group_sizes, swiglu, tiles, interpret, keep=True)
     gate, up = checkpoint_name(gate, "mlp_gate"), checkpoint_name(up, "mlp_up")
     y = matmul.pallas_tpu(h, weights[2], group_sizes, interpret=interpret)
     return y, (x, row_weights, weights, group_sizes, gate, up)
@@ -67,8 +67,18 @@ def _backward(swiglu, tiles, interpret, residuals, dy):
 _swiglu.defvjp(_forward, _backward)
 
 
-def _gate_up(x, row_weights, weights, group_sizes, swiglu, tiles, interpret, keep):
-    """SwiGLU of x w_gate and x w_up, [M, F], after these two if they are kept; zeros where a row is in no group."""
+def gate_up(
+    x: Float[Array, "M D"],
+    row_weights: Float[Array, "M 1"],
+    weights: tuple[Float[Array, "E D F"], ...],
+    group_sizes: Int[Array, "E"],
+    swiglu: Callable,
+    tiles: Tiles | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+    *,
+    keep: bool,
+) -> list[Float[Array, "M F"]]:
+    """SwiGLU of x with two weights, after both products if they are kept; zeros where a row is in no group."""
     (m, k), (n_groups, _, n) = x.shape, weights[0].shape
     if 0 in (m, k, n):
         return [jnp.zeros((m, n), x.dtype)] * (3 if keep else 1)
@@ -99,10 +109,10 @@ def _gate_up(x, row_weights, weights, group_sizes, swiglu, tiles, interpret, kee
             out_specs=[result] * len(results),
         ),
         compiler_params=matmul.parameters("parallel", "arbitrary"),
-        cost_estimate=matmul.cost(m, k, 2 * n, x, *weights[:2], *results),
+        cost_estimate=matmul.cost(m, k, 2 * n, x, *weights, *results),
         interpret=interpret,
         name="grouped_swiglu",
-    )(*plan[:4], x, row_weights, *weights[:2])
+    )(*plan[:4], x, row_weights, *weights)
 
 
 def _kernel(starts, group, tile, read, x, row_weights, w_gate, w_up, *results, n_groups, swiglu):

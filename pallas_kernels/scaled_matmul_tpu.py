@@ -85,9 +85,10 @@ def pallas_matmul(
 
     blocks, copy = x_scales.shape[1], (tiles.columns, k) if transposed else (k, tiles.columns)
     kernel = _native_matmul_kernel if native else functools.partial(_converting_matmul_kernel, converts=chip.converts)
+    result = jax.ShapeDtypeStruct((m, n), dtype)
     return pl.pallas_call(
         functools.partial(kernel, n_groups=n_groups, size=size, transposed=transposed),
-        out_shape=jax.ShapeDtypeStruct((m, n), dtype),
+        out_shape=result,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(pl.cdiv(n, tiles.columns), plan.n_steps),
@@ -101,7 +102,7 @@ def pallas_matmul(
             scratch_shapes=[] if native else [pltpu.VMEM(copy, jnp.bfloat16)],
         ),
         compiler_params=unscaled.parameters("parallel", "arbitrary"),
-        cost_estimate=unscaled.cost(m, k, n, x.values, values),
+        cost_estimate=unscaled.cost(m, k, n, x.values, values, result),
         interpret=interpret,
         name=f"scaled_matmul{'_transposed' if transposed else ''}{'' if native else '_bfloat16'}",
     )(*plan[:4], x.values, x_scales, values, scales)
@@ -151,9 +152,10 @@ def pallas_gradient(
     kernel = (
         _native_gradient_kernel if native else functools.partial(_converting_gradient_kernel, converts=chip.converts)
     )
+    result = jax.ShapeDtypeStruct((n_groups, k, n), dtype)
     dw = pl.pallas_call(
         functools.partial(kernel, size=size),
-        out_shape=jax.ShapeDtypeStruct((n_groups, k, n), dtype),
+        out_shape=result,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(pl.cdiv(k, tiles.depth), pl.cdiv(n, tiles.columns), plan.n_steps),
@@ -165,7 +167,7 @@ def pallas_gradient(
             scratch_shapes=[pltpu.VMEM((tiles.depth, tiles.columns), jnp.float32)],
         ),
         compiler_params=unscaled.parameters("parallel", "parallel", "arbitrary"),
-        cost_estimate=unscaled.cost(m, k, n, x.values, dy.values),
+        cost_estimate=unscaled.cost(m, k, n, x.values, dy.values, result),
         interpret=interpret,
         name=f"scaled_matmul_gradient{'' if native else '_bfloat16'}",
     )(*plan[:3], x.values, by_tile(x, k), dy.values, by_tile(dy, n))

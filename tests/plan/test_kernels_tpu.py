@@ -12,6 +12,7 @@ SHAPE = "4,8192,7168,2048"  # experts, rows, K, N; the schedule of a tile is tha
 BUDGETS = [
     ("v6e", "grouped_matmul", SHAPE, "ours forward", 0.95, 1.05),
     ("v6e", "grouped_matmul", SHAPE, "ours dw", 0.85, 1.15),
+    ("v6e", "grouped_swiglu", SHAPE, "ours training", 0.95, 1.05),
     ("v5e", "grouped_matmul", SHAPE, "ours dw", 1.0, 1.0),
     ("v5p", "grouped_matmul", SHAPE, "ours dw", 1.0, 1.0),
     ("tpu7x", "grouped_matmul", SHAPE, "ours dw", 1.0, 1.0),
