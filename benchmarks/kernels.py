@@ -12,11 +12,12 @@ peak; 1 where that is more than the bundles), its `time` by these cycles, over t
 bfloat16 (an instruction on E4M3 does twice as much), spilled registers, and CPU seconds to compile. Of our attention
 the piece is a block of entries with its mask, which only a row's end needs. Then the bytes of HBM that the compiler
 counts (of our kernels those they state: operands and results once) and those of temporaries, copies included.
-Nothing is run or timed on a TPU. Needs libtpu (`pip install 'dsjax[plan]'`).
+Nothing is run or timed on a TPU. Needs libtpu (`pip install 'dsjax[plan]'`), and takes in tokamax if it is installed.
 """
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -92,8 +93,17 @@ def grouped_matmul(e: int, m: int, k: int, n: int) -> Iterator[Case]:
     def xla(x, w, sizes):
         return jax.lax.ragged_dot(x, w, sizes, preferred_element_type=x.dtype)
 
+    def tokamax(x, w, sizes):
+        import tokamax
+
+        options = {"implementation": "mosaic", "bypass_device_check": True}  # the device is not there
+        return tokamax.ragged_dot(x, w, sizes, preferred_element_type=x.dtype, **options)
+
+    names = {"ours": pallas_tpu, "megablox": megablox, "xla": xla}
+    if importlib.util.find_spec("tokamax"):
+        names["tokamax"] = tokamax
     arguments = *_bfloat16((m, k), (e, k, n), (m, n)), jax.ShapeDtypeStruct((e,), jnp.int32)
-    for name, matmul in (("ours", pallas_tpu), ("megablox", megablox), ("xla", xla)):
+    for name, matmul in names.items():
         directions = {
             "forward": lambda x, w, dy, s, f=matmul: f(x, w, s),
             "dx": lambda x, w, dy, s, f=matmul: jax.vjp(lambda x: f(x, w, s), x)[1](dy),
