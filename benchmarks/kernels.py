@@ -9,7 +9,7 @@ in FP8, and the attention of decoding by ours and XLA, compiled to their last sc
 Of each kernel: the bundles (cycles, if nothing is waited for) and matmul instructions of the piece of program with most
 matmuls, what share of those cycles the matrix units must be busy (`mxu`: four cycles an instruction, from the published
 peak; 1 where that is more than the bundles), its `time` by these cycles, over that of matrix units always busy with
-bfloat16 (an instruction on E4M3 does twice as much), spilled registers, and CPU seconds to compile. Of our attention
+bfloat16 (an instruction on E4M3 does twice as much), spilled registers, VMEM, CPU seconds to compile. Of our attention
 the piece is a block of entries with its mask, which only a row's end needs. Then the bytes of HBM that the compiler
 counts (of our kernels those they state: operands and results once) and those of temporaries, copies included.
 Nothing is run or timed on a TPU. Needs libtpu (`pip install 'dsjax[plan]'`), and takes in tokamax if it is installed.
@@ -68,6 +68,12 @@ def schedule(text: str) -> dict[str, int]:
         "spills": text.count("_spill]"),
         "all_bundles": address,
     }
+
+
+def vmem(program: Path) -> int:
+    """Bytes of the buffers that a program allocates on the chip, from the first of its dumps."""
+    (first,) = program.parent.glob(re.sub(r"-\d+-final_bundles", "-*-original", program.name))
+    return sum(int(size, 16) for size in re.findall(r"space=vmem, size = 0x([0-9a-f]+)", first.read_text()))
 
 
 class Case(NamedTuple):
@@ -224,8 +230,8 @@ def compile_all(chip: str, kernel: str, shapes: list[str], only: list[str] | Non
                 continue
             seconds = time.process_time() - started
             files = [path for path in dump.glob("*final_bundles.txt") if "schedule" not in path.name]
-            found = max((schedule(path.read_text()) for path in files), key=lambda s: s["matmuls"])
-            row |= found | {"compile_cpu_s": round(seconds, 1)}
+            found, busiest = max(((schedule(path.read_text()), path) for path in files), key=lambda f: f[0]["matmuls"])
+            row |= found | {"vmem_bytes": vmem(busiest), "compile_cpu_s": round(seconds, 1)}
             row["hbm_bytes"] = int(compiled.cost_analysis()["bytes accessed"])
             row["temporary_bytes"] = compiled.memory_analysis().temp_size_in_bytes
             results.append(row)
