@@ -23,6 +23,7 @@ ONLY_ON = (
     ("attention", "splash", ["tpu"]),
     ("latent_attention", "pallas_tpu", ["tpu"]),
     ("exchange", "ragged", ["tpu", "gpu"]),
+    ("exchange", "pallas_tpu", ["tpu"]),
 )
 
 

@@ -57,9 +57,9 @@ def layer(buffers):
     return jax.jit(forward_and_back)
 
 
-def run(buffers, indices):
+def run(buffers, indices, x=X):
     with jax.set_mesh(make_mesh(expert=DEVICES)):
-        arguments = (X, indices.astype(np.int32), WEIGHTS, SCALE, np.cos(X))
+        arguments = (x, indices.astype(np.int32), WEIGHTS, SCALE, np.cos(X))
         return jax.tree.map(np.asarray, layer(buffers)(*(jax.device_put(a, P("expert")) for a in arguments)))
 
 
@@ -146,6 +146,23 @@ def test_little_room_is_enough_for_even_loads_and_too_little_for_skewed_ones():
     assert run(ROOM["flat, little room"], skewed(0))[1] > 0
 
 
+@pytest.mark.parametrize(
+    ("buffers", "dtype", "indices"),
+    [
+        (Buffers(), np.float32, random_choices(4)),
+        (Buffers(1.2), jnp.bfloat16, skewed(7)),
+        (Buffers(0.6, groups=4), np.float32, random_choices(5)),
+        (Buffers(0.6, groups=2, alignment=4, fp8=True), np.float32, skewed(0)),
+    ],
+    ids=["flat", "flat, little room, bfloat16, skewed", "groups of 2, little room", "groups of 4, little room, fp8"],
+)
+def test_the_kernel_for_tpus_gives_what_the_gather_gives_bit_for_bit(buffers, dtype, indices):
+    x = X.astype(dtype)
+    got, wanted = (run(buffers._replace(exchange=name), indices, x) for name in ("pallas_interpret", "gather"))
+    assert (wanted[1] > 0) == (buffers.factor is not None)
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
 def test_what_is_left_out_is_counted_exactly():
     # Flat, all tokens choose experts 0, 1, 2 of devices 0 and 1: a row to each, of which some find room.
     buffers = ROOM["flat, little room"]
@@ -177,7 +194,7 @@ def test_exchange_moves_each_row_to_its_place(peers):
 
     def local(x, *sides):
         x, *sides = (a[0] for a in (x, *sides))
-        return exchange(x, 4 * p, Side(*sides[:3]), Side(*sides[3:]), "expert", peers)[None]
+        return exchange((x,), 4 * p, Side(*sides[:3]), Side(*sides[3:]), "expert", peers)[0][None]
 
     with jax.set_mesh(make_mesh(expert=DEVICES)):
         part = P("expert")
@@ -187,5 +204,5 @@ def test_exchange_moves_each_row_to_its_place(peers):
 
 
 def test_an_unknown_exchange_is_refused():
-    with pytest.raises(ValueError, match="implementation='ragged_all': choose one of auto, gather, ragged"):
+    with pytest.raises(ValueError, match=r"implementation='ragged_all': choose one of \['auto', 'gather', 'ragged', "):
         choose("ragged_all")
