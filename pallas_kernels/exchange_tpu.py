@@ -26,7 +26,7 @@ def pallas_tpu(
     arrays: tuple[Shaped[Array, "S _"], ...],
     rows: int,
     out: tuple[Int[Array, "P"], Int[Array, "P"], Int[Array, "P"]],
-    back: tuple[Int[Array, "P"], Int[Array, "P"], Int[Array, "P"]],
+    coming: Int[Array, "P"],
     devices: Int[Array, "P"],
     axis: str,
     *,
@@ -36,8 +36,8 @@ def pallas_tpu(
 ) -> tuple[Shaped[Array, "R _"], ...]:
     """[rows, _] of each array: what each of P peers has for this device, anything elsewhere. Within `shard_map`.
 
-    out: where the rows to each peer begin, how many they are, and where they begin there; back: the same of those from
-    each peer. devices: the peers' places along `axis`, this device's among them. Where rows begin, `rows` and S are
+    out: where the rows to each peer begin, how many they are, and where they begin there. coming: how many come from
+    each. devices: the peers' places along `axis`, this device's among them. Where rows begin, `rows` and S are
     multiples of `alignment`, which is one of each array's `row_alignment`; as whole multiples are copied, up to
     alignment - 1 rows more than were asked for, there must be room for them at both ends. collective_id: one of its own
     for exchanges among these groups of devices, which all make them in the same order.
@@ -53,9 +53,8 @@ def pallas_tpu(
     n_peers = devices.shape[0]
     me = jnp.argmax(devices == lax.axis_index(axis))
     order = (me + 1 + jnp.arange(n_peers)) % n_peers  # the next device first, itself last
-    (at, size, there), (back_at, back_size, back_there) = out, back
-    size, back_size = (-(-a // alignment) * alignment for a in (size, back_size))
-    scalars = devices, at, size, there, back_at, back_size, back_there
+    size, coming = (-(-a // alignment) * alignment for a in (out[1], coming))
+    scalars = *(a[order] for a in (devices, out[0], size, out[2])), jnp.stack([jnp.sum(size), jnp.sum(coming)])
     in_place = pl.BlockSpec(memory_space=pl.ANY)
     return tuple(
         pl.pallas_call(
@@ -71,11 +70,11 @@ def pallas_tpu(
             compiler_params=pltpu.CompilerParams(collective_id=collective_id, has_side_effects=True),
             interpret=interpret,
             name="exchange",
-        )(*(a[order].astype(jnp.int32) for a in scalars), *arrays)
+        )(*(a.astype(jnp.int32) for a in scalars), *arrays)
     )
 
 
-def _kernel(device, at, size, there, back_at, back_size, back_there, *refs, axis, alignment):
+def _kernel(device, at, size, there, totals, *refs, axis, alignment):
     n_peers, n = device.shape[0], len(refs) // 2 - 1
     sources, targets, (sent, arrived) = refs[:n], refs[n : 2 * n], refs[2 * n :]
 
@@ -86,17 +85,23 @@ def _kernel(device, at, size, there, back_at, back_size, back_there, *refs, axis
     pl.loop(0, n_peers)(lambda p: pl.semaphore_signal(barrier, 1, device_id={axis: device[p]}))
     pl.semaphore_wait(barrier, n_peers)
 
-    def each_copy(do, begin, sizes, end):
-        @pl.loop(0, n_peers)
-        def _(p):
-            @pl.when(sizes[p] > 0)
-            def _():
-                size = pl.multiple_of(sizes[p], alignment)
-                read, written = (pl.ds(pl.multiple_of(a[p], alignment), size) for a in (begin, end))
-                for source, target in zip(sources, targets):
-                    place = source.at[read], target.at[written]
-                    do(pltpu.make_async_remote_copy(*place, sent, arrived, device_id={axis: device[p]}))
+    def rows(begin, number):
+        return pl.ds(pl.multiple_of(begin, alignment), pl.multiple_of(number, alignment))
 
-    each_copy(lambda copy: copy.start(), at, size, there)
-    each_copy(lambda copy: copy.wait_send(), at, size, there)
-    each_copy(lambda copy: copy.wait_recv(), back_there, back_size, back_at)
+    @pl.loop(0, n_peers)
+    def _(p):
+        @pl.when(size[p] > 0)
+        def _():
+            mine, theirs, peer = rows(at[p], size[p]), rows(there[p], size[p]), {axis: device[p]}
+            for source, target in zip(sources, targets):
+                pltpu.make_async_remote_copy(source.at[mine], target.at[theirs], sent, arrived, peer).start()
+
+    def wait(semaphore, arrays, total):
+        @pl.when(total > 0)
+        def _():
+            for array in arrays:
+                copied = array.at[rows(0, total)]  # not where, only how much: to wait is to count bytes
+                pltpu.make_async_copy(copied, copied, semaphore).wait()
+
+    wait(sent, sources, totals[0])
+    wait(arrived, targets, totals[1])

@@ -66,7 +66,7 @@ def exchange(
         groups = jnp.asarray(peers or [range(lax.axis_size(axis))])
         group = groups[jnp.argmax(jnp.any(groups == lax.axis_index(axis), axis=1))]
         options = {"alignment": alignment, "collective_id": _kind(peers)}
-        arrived = _KERNELS[name](arrays, rows, out, back, group, axis, **options)
+        arrived = _KERNELS[name](arrays, rows, out, back.size, group, axis, **options)
     return tuple(jnp.where(here[:, None], a, 0) for a in arrived)
 
 
