@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Int, Shaped
 
-_TILE_BYTES = 32  # of a column of one tile of memory, the least that a copy can begin at: 8 rows of float32
+_TILE_BYTES = 32  # of a column in a tile of memory: copies begin and end where tiles do
 
 
 def row_alignment(dtype) -> int:
@@ -37,13 +37,13 @@ def pallas_tpu(
     """[rows, _] of each array: what each of P peers has for this device, anything elsewhere. Within `shard_map`.
 
     out: where the rows to each peer begin, how many they are, and where they begin there. coming: how many come from
-    each. devices: the peers' places along `axis`, this device's among them. Where rows begin, `rows` and S are
-    multiples of `alignment`, which is one of each array's `row_alignment`; as whole multiples are copied, up to
-    alignment - 1 rows more than were asked for, there must be room for them at both ends. collective_id: one of its own
-    for exchanges among these groups of devices, which all make them in the same order.
+    each. devices: the peers' places along `axis`, this device's among them. Beginnings are multiples of `alignment`, a
+    multiple of each array's `row_alignment`, and so are `rows` and S; numbers of rows are rounded up to it, so up to
+    alignment - 1 rows after those asked for are copied too. collective_id: one of its own for exchanges among these
+    groups of devices, which all make them in the same order.
 
-    interpret: InterpretParams to run as TPUs would, on any platform, slowly. Raises ValueError for rows that are no
-    multiple of `alignment`, or an alignment too small for an array.
+    interpret: InterpretParams to run as TPUs would, on any platform, slowly. Raises ValueError for `rows` or S that is
+    no multiple of `alignment`, and for an alignment that an array cannot have.
     """
     for a in arrays:
         if alignment % row_alignment(a.dtype):
@@ -55,23 +55,22 @@ def pallas_tpu(
     order = (me + 1 + jnp.arange(n_peers)) % n_peers  # the next device first, itself last
     size, coming = (-(-a // alignment) * alignment for a in (out[1], coming))
     scalars = *(a[order] for a in (devices, out[0], size, out[2])), jnp.stack([jnp.sum(size), jnp.sum(coming)])
-    in_place = pl.BlockSpec(memory_space=pl.ANY)
-    return tuple(
-        pl.pallas_call(
-            functools.partial(_kernel, axis=axis, alignment=alignment),
-            out_shape=[jax.ShapeDtypeStruct((rows, a.shape[1]), a.dtype) for a in arrays],
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=len(scalars),
-                grid=(),
-                in_specs=[in_place] * len(arrays),
-                out_specs=[in_place] * len(arrays),
-                scratch_shapes=[pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA],
-            ),
-            compiler_params=pltpu.CompilerParams(collective_id=collective_id, has_side_effects=True),
-            interpret=interpret,
-            name="exchange",
-        )(*(a.astype(jnp.int32) for a in scalars), *arrays)
+    in_place = [pl.BlockSpec(memory_space=pl.ANY)] * len(arrays)
+    move = pl.pallas_call(
+        functools.partial(_kernel, axis=axis, alignment=alignment),
+        out_shape=[jax.ShapeDtypeStruct((rows, a.shape[1]), a.dtype) for a in arrays],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(scalars),
+            grid=(),
+            in_specs=in_place,
+            out_specs=in_place,
+            scratch_shapes=[pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA],
+        ),
+        compiler_params=pltpu.CompilerParams(collective_id=collective_id, has_side_effects=True),
+        interpret=interpret,
+        name="exchange",
     )
+    return tuple(move(*(a.astype(jnp.int32) for a in scalars), *arrays))
 
 
 def _kernel(device, at, size, there, totals, *refs, axis, alignment):

@@ -45,9 +45,9 @@ def exchange(
 
     implementation: "ragged", "gather" (the peers' whole arrays, for backends that have no ragged one), "pallas_tpu",
     "pallas_interpret" (the same kernel on any platform, for tests) or "auto", by platform; any other name raises
-    ValueError. The kernel needs an `alignment`, a multiple of `row_alignment`: rows to or from a peer begin at
-    multiples of it, with room up to the next, and so does what follows the last. Within a program, its groups of
-    neighbours must be the same in every exchange, and so must its other groups.
+    ValueError. The kernel needs an `alignment`, a multiple of `row_alignment`: each peer's rows begin at a multiple of
+    it and have the places up to the next for themselves, at both ends, and S and `rows` are multiples of it. In one
+    program, all its exchanges in groups of neighbours are in the same groups, and so are those in other groups.
     """
     name = choose(implementation)
     row = jnp.arange(rows)[:, None]
@@ -81,7 +81,7 @@ def choose(implementation: str) -> str:
 
 
 def _kind(peers: tuple[tuple[int, ...], ...] | None) -> int:
-    """0 if all devices exchange with all, 1 if groups of neighbours do, 2 for other groups."""
+    """0 if all devices exchange with all, 1 if groups of neighbours do, 2 for other groups: each meets by itself."""
     if peers is None or len(peers) == 1:
         return 0
     return 1 if peers[0] == tuple(range(len(peers[0]))) else 2
