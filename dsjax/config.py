@@ -271,7 +271,7 @@ class ComputeConfig:
     latent_attention: Literal["auto", "reference", "pallas_tpu"] = Field(
         "auto", description="implementation of decoding on the latent cache; auto chooses by platform"
     )
-    exchange: Literal["auto", "ragged", "gather"] = Field(
+    exchange: Literal["auto", "ragged", "gather", "pallas_tpu"] = Field(
         "auto", description="how rows go to their experts' devices; auto chooses by platform"
     )
     fp8_dispatch: bool = Field(

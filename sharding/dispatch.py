@@ -8,7 +8,6 @@ group that it needs, to the device of its sender's own place there, and fans out
 Shapes are fixed, so rows arrive in buffers, whose sizes `Buffers` sets. What does not fit is left out and counted.
 """
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from pallas_kernels.quantise import E4M3, Quantised, Tile, dequantise, quantise
-from sharding.ragged import Side, exchange
+from sharding.ragged import Side, exchange, row_alignment
 
 _AXIS = "expert"
 _WIRE = Tile(1, 128, ue8m0=True)  # powers of two: quantising again on the way changes nothing
@@ -56,7 +55,7 @@ class Fan(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["fan", "out", "back"],
-    meta_fields=["rows", "peers", "implementation", "fp8"],
+    meta_fields=["rows", "peers", "implementation", "alignment", "fp8"],
 )
 @dataclass(frozen=True)
 class Way:
@@ -68,7 +67,8 @@ class Way:
     rows: int  # of the buffer that they arrive in
     peers: tuple[tuple[int, ...], ...]  # groups of devices that exchange among themselves
     implementation: str
-    fp8: bool = False  # what is sent by `_send`; what returns is as it is
+    alignment: int  # rows to and from a peer begin at multiples of it
+    fp8: bool  # tokens' rows that `_send` sends; what returns is as it is
 
 
 class Plan(NamedTuple):
@@ -95,6 +95,7 @@ def dispatch(
     (n, k), n_devices = indices.shape, lax.axis_size(_AXIS)
     inner = n_devices // buffers.groups  # devices of a group
     to_groups = min(buffers.groups, k, buffers.topk_groups or k)
+    here = n  # rows, of which x has more where gaps align them
     # With a row travel its weights and its choices, these counted from 1 (0 is none), in float32: exact up to 2**24.
     said = jnp.concatenate([weights, lax.stop_gradient(indices + 1).astype(weights.dtype)], axis=1)
     ways, lost = [], [jnp.int32(0)]
@@ -109,28 +110,27 @@ def dispatch(
     if buffers.groups > 1:
         peers = tuple(tuple(range(i, n_devices, inner)) for i in range(inner))
         arriving = buffers.rows(n * to_groups, n * buffers.groups)
-        way, left = _way(owners() // inner, peers, to_groups, n * to_groups, arriving, buffers.exchange)
-        x, said, way = _send_both(x, said, way, buffers.fp8)
-        ways, lost = [*ways, way], [*lost, left]
+        way, left = _way(owners() // inner, peers, to_groups, n * to_groups, arriving, buffers, x.dtype)
+        x, said = _send((x, said), way)
+        ways, lost, here = [*ways, way], [*lost, left], arriving
     if inner > 1:
         peers = tuple(tuple(range(i, i + inner)) for i in range(0, n_devices, inner))
         place = jnp.where(owners() // inner == me // inner, owners() % inner, -1)
-        copies, here = min(k, inner), x.shape[0]
+        copies = min(k, inner)
         even = n * to_groups * inner * (1 - (1 - 1 / inner) ** (k / to_groups))  # choices at random
         leaving = buffers.rows(even, here * copies) if ways else here * copies
-        way, left = _way(place, peers, copies, leaving, buffers.rows(even, here * inner), buffers.exchange)
-        x, said, way = _send_both(x, said, way, buffers.fp8)
-        ways, lost = [*ways, way], [*lost, left]
+        arriving = buffers.rows(even, here * inner)
+        way, left = _way(place, peers, copies, leaving, arriving, buffers, x.dtype)
+        x, said = _send((x, said), way)
+        ways, lost, here = [*ways, way], [*lost, left], arriving
     if ways:  # not to be sent again
         said = checkpoint_name(said, "dispatched")
         x = x if buffers.fp8 else checkpoint_name(x, "dispatched")
 
-    here = x.shape[0]
     size = buffers.rows(n * k, here * min(k, n_local_experts)) if ways else n * k
-    align = buffers.alignment
-    size = (-(-size // align) + n_local_experts * (align - 1) // align) * align
     own = choices() - me * n_local_experts == jnp.arange(n_local_experts)[:, None, None]  # [E_local, K, R]
-    place, fits, group_sizes = _in_order(jnp.any(own, axis=1), size, align)
+    place, fits, group_sizes = _in_order(jnp.any(own, axis=1), size, buffers.alignment)
+    size = _with_gaps(size, n_local_experts, buffers.alignment)
     places = jnp.min(jnp.where(own, place[:, None], size), axis=0)  # [K, R]
     pairs, fan = _fan(places, size)
     pair_weights = _spread(said[:, :k].T.reshape(-1), Fan(pairs, places.reshape(1, -1)))
@@ -142,53 +142,62 @@ def combine(y: Float[Array, "M D"], plan: Plan) -> Float[Array, "N D"]:
     """Sum of each token's pairs, at the token's device. Pairs are already weighted."""
     y = _collect(y, plan.fan)
     for way in reversed(plan.ways):
-        y = _return(y, way)
+        (y,) = _return((y,), way)
     return lax.psum(y, "tensor")
 
 
-def _send_both(x, said, way: Way, fp8: bool) -> tuple[jax.Array, jax.Array, Way]:
-    """Rows and what is said of them, and the way that the rows took."""
-    of_rows = dataclasses.replace(way, fp8=fp8)
-    return _send(x, of_rows), _send(said, way), of_rows
-
-
 def _way(
-    to: Int[Array, "K R"], peers, copies: int, leaving: int, arriving: int, implementation: str
+    to: Int[Array, "K R"], peers, copies: int, leaving: int, arriving: int, buffers: Buffers, dtype
 ) -> tuple[Way, Int[Array, ""]]:
     """How each row goes to the peers named in `to` (negative for none), once to each; and how many did not fit."""
-    n_peers = len(peers[0])
+    n_peers, align = len(peers[0]), row_alignment(buffers.exchange, jnp.uint8 if buffers.fp8 else dtype)
     wanted = jnp.any(to == jnp.arange(n_peers)[:, None, None], axis=1)  # [P, R]
-    place, sizes, _ = _in_order(wanted, leaving)
+    place, sizes, _ = _in_order(wanted, leaving, align)
     nth = jnp.where(wanted, jnp.cumsum(wanted, axis=0), 0) == 1 + jnp.arange(copies)[:, None, None]  # [copies, P, R]
-    _, fan = _fan(jnp.min(jnp.where(nth, place, leaving), axis=1), leaving)
+    held = _with_gaps(leaving, n_peers, align)
+    _, fan = _fan(jnp.min(jnp.where(nth, place, held), axis=1), held)
 
     sizes = lax.all_gather(sizes, _AXIS, axis_index_groups=peers)  # [sender, receiver]
-    starts = jnp.cumsum(sizes, axis=1) - sizes  # at the sender
-    lands = jnp.minimum(jnp.cumsum(sizes, axis=0) - sizes, arriving)  # at the receiver
-    taken = jnp.minimum(sizes, arriving - lands)
+    taken = jnp.minimum(sizes, arriving - jnp.minimum(_before(sizes, axis=0), arriving))
+    starts = _before(_whole(sizes, align), axis=1)  # at the sender
+    lands = _before(_whole(taken, align), axis=0)  # at the receiver
     me = jnp.argmax(jnp.asarray(peers) == lax.axis_index(_AXIS)) % n_peers
     out = Side(starts[me], taken[me], lands[me])
     back = Side(lands[:, me], taken[:, me], starts[:, me])
     lost = jnp.sum(wanted, dtype=jnp.int32) - jnp.sum(taken[me])
-    return Way(fan, out, back, arriving, peers, implementation), lost
+    rows = _with_gaps(arriving, n_peers, align)
+    return Way(fan, out, back, rows, peers, buffers.exchange, align, buffers.fp8), lost
 
 
 def _in_order(
     wanted: Bool[Array, "P R"], size: int, alignment: int = 1
 ) -> tuple[Int[Array, "P R"], Int[Array, "P"], Int[Array, "P"]]:
-    """Where the rows that each of P wants stand among all that are wanted, P after P, and how many of each P's fit,
-    without and with what fills them up to a multiple of `alignment`, which divides `size`.
+    """Where the rows that each of P wants stand among all that are wanted, P after P, each P's first at a multiple of
+    `alignment`; and how many of each P's fit, without and with what fills them up to such a multiple.
 
-    What is not wanted, or does not fit in `size` places, stands at `size`.
+    `size` rows fit, in as many places and those of the gaps. What is not wanted or does not fit stands past these.
     """
     place = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32).reshape(wanted.shape) - 1
-    if alignment > 1:
-        sizes = jnp.sum(wanted, axis=1, dtype=jnp.int32)
-        filling = -sizes % alignment
-        place += (jnp.cumsum(filling) - filling)[:, None]
     fits = wanted & (place < size)
     sizes = jnp.sum(fits, axis=1, dtype=jnp.int32)
-    return jnp.where(fits, place, size), sizes, -(-sizes // alignment) * alignment
+    filled = _whole(sizes, alignment)
+    if alignment > 1:
+        place += _before(filled - sizes)[:, None]
+    return jnp.where(fits, place, _with_gaps(size, len(wanted), alignment)), sizes, filled
+
+
+def _with_gaps(size: int, n: int, alignment: int) -> int:
+    """Places in which `size` rows fit, however they belong to n whose rows begin at multiples of `alignment`."""
+    return (-(-size // alignment) + n * (alignment - 1) // alignment) * alignment
+
+
+def _whole(sizes, alignment: int):
+    return -(-sizes // alignment) * alignment
+
+
+def _before(sizes, axis: int = 0):
+    """Sums of what comes before each."""
+    return jnp.cumsum(sizes, axis=axis) - sizes
 
 
 def _fan(places: Int[Array, "m R"], size: int) -> tuple[Int[Array, "size"], Fan]:
@@ -211,20 +220,14 @@ def _collect(y, fan):
     return jnp.sum(y.at[fan.copies].get(mode="fill", fill_value=0), axis=0)
 
 
-def _send(x, way):
-    rows = _spread(x, way.fan)
-    arrive = functools.partial(
-        exchange,
-        rows=way.rows,
-        out=way.out,
-        back=way.back,
-        axis=_AXIS,
-        peers=way.peers,
-        implementation=way.implementation,
-    )
-    if not way.fp8:
-        return arrive(rows)
-    return _unpack(checkpoint_name(arrive(_pack(rows)), "dispatched"), x.shape[1], x.dtype)
+def _send(arrays, way):
+    """Copies of rows at their peers. The first array is the tokens' rows themselves."""
+    x, *said = (_spread(a, way.fan) for a in arrays)
+    sent = (_pack(x) if way.fp8 else x, *said)
+    arrived, *said = exchange(sent, way.rows, way.out, way.back, _AXIS, way.peers, way.implementation, way.alignment)
+    if way.fp8:
+        arrived = _unpack(checkpoint_name(arrived, "dispatched"), x.shape[1], x.dtype)
+    return arrived, *said
 
 
 def _pack(x: Float[Array, "S D"]) -> UInt8[Array, "S P"]:
@@ -241,9 +244,10 @@ def _unpack(packed: UInt8[Array, "S P"], width: int, dtype) -> Float[Array, "S D
     return dequantise(Quantised(values, scales, _WIRE), dtype)
 
 
-def _return(y, way):
+def _return(arrays, way):
     n_copies = way.fan.row.shape[0]
-    return _collect(exchange(y, n_copies, way.back, way.out, _AXIS, way.peers, way.implementation), way.fan)
+    back = exchange(arrays, n_copies, way.back, way.out, _AXIS, way.peers, way.implementation, way.alignment)
+    return tuple(_collect(a, way.fan) for a in back)
 
 
 def _transposes(one, other):

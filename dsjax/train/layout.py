@@ -24,6 +24,7 @@ ONLY_ON = (
     ("attention", "cudnn", ["gpu"]),
     ("latent_attention", "pallas_tpu", ["tpu"]),
     ("exchange", "ragged", ["tpu", "gpu"]),
+    ("exchange", "pallas_tpu", ["tpu"]),
 )
 
 

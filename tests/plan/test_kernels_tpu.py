@@ -1,9 +1,13 @@
 """The kernels for TPUs compile for every chip, within the schedules that were reached (docs/kernels.md)."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 
 import pytest
 
+from benchmarks.exchange import TOPOLOGIES
 from benchmarks.kernels import in_own_process
 
 SHAPE = "4,8192,7168,2048"  # experts, rows, K, N; the schedule of a tile is that of 16 experts
@@ -21,8 +25,12 @@ BUDGETS = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed"),
+]
+
+
 @pytest.mark.parametrize("chip,kernel,shape,what,mxu,time", BUDGETS, ids=lambda value: str(value))
 def test_schedules_are_within_budget(chip, kernel, shape, what, mxu, time):
     (row,) = in_own_process(chip, kernel, [shape], [what])
@@ -31,3 +39,19 @@ def test_schedules_are_within_budget(chip, kernel, shape, what, mxu, time):
     if kernel == "latent_attention":  # the cache is read once
         assert row["hbm_bytes"] < 1.1 * 2 * 64 * 8192 * (512 + 64), row
         assert row["temporary_bytes"] < 4 << 20, row
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_exchange_by_our_kernel_compiles_both_ways(topology):
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.exchange",
+        "--tokens=64",
+        "--exchange=pallas_tpu",
+        "--topology",
+        topology,
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    flat, two_levels = json.loads(done.stdout)["results"]
+    assert flat["kernels"] == 4 and two_levels["kernels"] == 8, done.stdout  # there and back, forward and backward

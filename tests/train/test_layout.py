@@ -183,6 +183,7 @@ def test_a_mesh_of_sizes_that_divide_is_made(tmp_path):
         ("attention", "cudnn"),
         ("latent_attention", "pallas_tpu"),
         ("exchange", "ragged"),
+        ("exchange", "pallas_tpu"),
     ],
 )
 def test_what_a_cpu_cannot_run_is_refused(name, value):
