@@ -190,7 +190,9 @@ def _rows_times_weights(x, w, group_sizes, transposed: bool, interpret):
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return launch(plgpu, kernel, jax.ShapeDtypeStruct((m, n), x.dtype), interpret)(tile_experts(group_sizes, n_tiles), x, w)
+    return launch(plgpu, kernel, jax.ShapeDtypeStruct((m, n), x.dtype), interpret)(
+        tile_experts(group_sizes, n_tiles), x, w
+    )
 
 
 def _rows_times_rows(x, dy, group_sizes, dtype, interpret):

@@ -123,7 +123,9 @@ def _parts(q_latent, q_rope, c_kv, k_rope, stops, edges, scale: float, interpret
             pl.run_scoped,
             q=plgpu.SMEM((QUERIES, c), dtype, transforms=tiling),
             q_rotated=plgpu.SMEM((QUERIES, r), dtype, transforms=tiling),
-            softmax=plgpu.SMEM((QUERIES, ENTRIES), dtype, transforms=transforms(dtype, 64)),  # of which a half is a tile
+            softmax=plgpu.SMEM(
+                (QUERIES, ENTRIES), dtype, transforms=transforms(dtype, 64)
+            ),  # of which a half is a tile
             exchanged=plgpu.SMEM((2, QUERIES), jnp.float32),
             copied=plgpu.Barrier(num_arrivals=2),
             there=plgpu.Barrier(num_arrivals=2, num_barriers=2),
@@ -172,7 +174,9 @@ def _parts(q_latent, q_rope, c_kv, k_rope, stops, edges, scale: float, interpret
 
                 scores = pl.run_scoped(multiply, plgpu.ACC((QUERIES, _HALF), jnp.float32))
                 stop = by_query(stops.at[row, queries]) - (start + half * _HALF)
-                scores = jnp.where(index(1, _HALF) < spread(stop, _HALF), scores * (scale * math.log2(math.e)), -jnp.inf)
+                scores = jnp.where(
+                    index(1, _HALF) < spread(stop, _HALF), scores * (scale * math.log2(math.e)), -jnp.inf
+                )
                 new = jnp.maximum(largest, jnp.max(scores, axis=1))
                 new = jnp.maximum(new, of_other(new))
                 p, correction = jnp.exp2(scores - spread(new, _HALF)), jnp.exp2(largest - new)
