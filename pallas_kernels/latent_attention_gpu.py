@@ -24,7 +24,7 @@ _CHUNK = 64  # columns that are made zeros at a time
 _DEPTH = 128  # columns of a step of the scores
 _WIDTHS = ((128, 256, 384, 512), 64)  # of c_kv and k_rope: what the tensor core and shared memory have room for
 _LEAST = -1e30  # in place of a largest score where there is none; -inf less itself would be NaN
-_PART = 4  # blocks of entries whose copying takes about as long as a part's queries and result
+_PART = 5  # blocks of entries as large as a part's queries, and its result in float32, written and read again
 
 
 def pallas_gpu(
