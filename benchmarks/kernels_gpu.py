@@ -130,9 +130,10 @@ def compile_all(shapes: list[str], decoding: list[str], quantised_shapes: list[s
             cases.append((name, shape, functools.partial(f, scale=192**-0.5), arguments))
     for shape in quantised_shapes:
         x = array(jnp.bfloat16, *map(int, shape.split(",")))
-        for tile in rows, column, block:
+        for tile in rows, column, block, block._replace(ue8m0=True):
             for name, f in (("quantise", quantise.by_gpu_kernel), ("XLA quantise", quantise.reference)):
-                cases.append((f"{name} {tile.rows} x {tile.columns}", shape, functools.partial(f, tile=tile), (x,)))
+                full = f"{name} {tile.rows} x {tile.columns}{' ue8m0' if tile.ue8m0 else ''}"
+                cases.append((full, shape, functools.partial(f, tile=tile), (x,)))
 
     found = []
     for name, shape, f, arguments in cases:

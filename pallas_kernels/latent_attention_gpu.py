@@ -123,9 +123,7 @@ def _parts(q_latent, q_rope, c_kv, k_rope, stops, edges, scale: float, interpret
             pl.run_scoped,
             q=plgpu.SMEM((QUERIES, c), dtype, transforms=tiling),
             q_rotated=plgpu.SMEM((QUERIES, r), dtype, transforms=tiling),
-            softmax=plgpu.SMEM(
-                (QUERIES, ENTRIES), dtype, transforms=transforms(dtype, 64)
-            ),  # of which a half is a tile
+            softmax=plgpu.SMEM((QUERIES, ENTRIES), dtype, transforms=transforms(dtype, 64)),  # in tiles of half a block
             exchanged=plgpu.SMEM((2, QUERIES), jnp.float32),
             copied=plgpu.Barrier(num_arrivals=2),
             there=plgpu.Barrier(num_arrivals=2, num_barriers=2),
@@ -151,13 +149,20 @@ def _parts(q_latent, q_rope, c_kv, k_rope, stops, edges, scale: float, interpret
                 begin = constant(0, QUERIES, columns), constant(_LEAST, QUERIES), constant(0, QUERIES)
                 weighted, largest, total = run(begin)
                 total = jnp.maximum(total + of_other(total), 1)  # at least 1, but for a part without entries
-                y = (weighted / spread(total, columns)).astype(out.dtype)
-                plgpu.store(out.at[row, part, queries, pl.ds(my_columns, columns)], y, optimized=False)
+                y, place = weighted / spread(total, columns), pl.ds(my_columns, columns)
+                if splits > 1:
+                    out[row, part, queries, place] = y
+                else:
+                    q[:, place] = y.astype(dtype)  # both warpgroups are done with what was there
+                    plgpu.commit_smem()
+                    meet(1)
 
                 @pl.when(half == 0)
                 def _():
-                    value = (largest + jnp.log2(total)) * math.log(2)
-                    plgpu.store(log_total.at[row, part, queries], value, optimized=False)
+                    log_total[row, part, queries] = largest * math.log(2) + jnp.log(total)
+                    if splits == 1:
+                        plgpu.copy_smem_to_gmem(q, out.at[row, part, queries])
+                        plgpu.wait_smem_to_gmem(0)
 
             def body(step, entries, rotated, carry):
                 weighted, largest, total = carry

@@ -48,11 +48,15 @@ def pallas_gpu(
         scales = scales.swapaxes(1, 2)[:, :r]
     elif columns == 1:
         scales = scales[..., :c]
+    else:
+        scales = scale_of(scales)
     return values.reshape(x.shape), scales.reshape(*batch, *scales.shape[1:])
 
 
 def _quantise(x, rows: int, columns: int, scale_of: Callable, interpret):
-    """Scales have whole blocks' places, and those of rows are [B, Tc, R]: what a block has of them lies together."""
+    """Scales have whole blocks' places, and those of rows are [B, Tc, R]: what a block has of them lies together. Of
+    tiles as large as a block it is their largest values, as a kernel cannot see a single number's bits.
+    """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     layout = plgpu.Layout.WGMMA
@@ -67,7 +71,7 @@ def _quantise(x, rows: int, columns: int, scale_of: Callable, interpret):
             size = jnp.abs(loaded)
             return loaded, size, size < jnp.inf
 
-        def largest(half, axis):
+        def find_largest(half, axis):
             _, size, finite = load(half)
             return jnp.max(jnp.where(finite, size, 0.0), axis=axis)
 
@@ -82,19 +86,20 @@ def _quantise(x, rows: int, columns: int, scale_of: Callable, interpret):
         halves = [pl.ds(first, _HALF) for first in range(0, _BLOCK, _HALF)]  # a whole block takes too many registers
         if rows == 1:
             for half in halves:
-                scale = scale_of(largest(half, 1))
-                plgpu.store(scales.at[matrix, j, pl.ds(i * _BLOCK + half.start, _HALF)], scale, optimized=False)
+                scale = scale_of(find_largest(half, 1))
+                scales[matrix, j, pl.ds(i * _BLOCK + half.start, _HALF)] = scale
                 put(half, scale, (0,))
         else:
-            of_columns = jnp.maximum(*(largest(half, 0) for half in halves))
+            of_columns = jnp.maximum(*(find_largest(half, 0) for half in halves))
+            if columns > 1:
+                of_block = jnp.max(of_columns)
+                scales[matrix, i, j] = of_block
+                of_columns = lax.broadcast_in_dim(of_block, of_columns.shape, ())
+            scale = scale_of(of_columns)
             if columns == 1:
-                scale = scale_of(of_columns)
-                plgpu.store(scales.at[matrix, i, across], scale, optimized=False)
-            else:
-                scale = scale_of(jnp.max(of_columns))
-                scales[matrix, i, j] = scale
+                scales[matrix, i, across] = scale
             for half in halves:
-                put(half, scale, (1,) if columns == 1 else ())
+                put(half, scale, (1,))
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(quantised, values.at[matrix, down, across])
         plgpu.wait_smem_to_gmem(0)

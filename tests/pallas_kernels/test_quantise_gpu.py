@@ -26,9 +26,16 @@ def draw(*shape, dtype=jnp.float32):
 
 
 @interpreted
-@pytest.mark.parametrize("tile", [Tile(1, 128), Tile(128, 1, True), Tile(128, 128)], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "dtype", "races"), [((200, 144), jnp.bfloat16, True), ((2, 72, 144), jnp.float32, False)], ids=str
+    ("tile", "shape", "dtype", "races"),
+    [
+        (Tile(1, 128), (200, 144), jnp.bfloat16, True),
+        (Tile(128, 1, True), (200, 144), jnp.bfloat16, True),
+        (Tile(128, 128, True), (200, 144), jnp.bfloat16, True),
+        (Tile(1, 128, True), (2, 72, 144), jnp.float32, False),
+        (Tile(128, 128), (2, 72, 144), jnp.float32, False),
+    ],
+    ids=str,
 )
 def test_values_and_scales_are_bit_for_bit_the_definition_and_no_thread_races(tile, shape, dtype, races):
     from jax.experimental.pallas import mosaic_gpu as plgpu
