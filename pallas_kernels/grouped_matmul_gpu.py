@@ -297,9 +297,9 @@ def write(plgpu, values, slots, rows, first_column) -> None:
 
 
 def launch(plgpu, kernel, out_type, interpret, blocks: int | None = None, **options):
-    """The kernel by that many blocks of threads, one on each multiprocessor if not given, along the axis "sm".
+    """The kernel by that many blocks of threads along the axis "sm", if not given one on each multiprocessor.
 
-    A block has two warpgroups that compute and one that copies.
+    A block has two warpgroups that compute and one that copies. options: further ones of the compiler.
     """
     return plgpu.kernel(
         kernel,
