@@ -224,14 +224,17 @@ def attention(report: Report, smoke: bool) -> None:
 
 
 def decoding(report: Report, smoke: bool) -> None:
-    """Attention of one new token a row on V3's latent cache."""
+    """Attention of new tokens on V3's latent cache: a large batch, and one row with two tokens."""
     from pallas_kernels.latent_attention import latent_attention
 
-    b, h, c, r, s = (2, 4, 64, 16, 128) if smoke else (64, 128, 512, 64, 8192)
-    arrays = normal(b, 1, h, c), normal(b, 1, h, r, seed=1), normal(b, s, c, seed=2), normal(b, s, r, seed=3)
-    length, moved = jnp.full(b, s - 1), 2 * b * s * (c + r)
-    run = functools.partial(latent_attention, scale=192**-0.5)
-    report.add("decoding on the latent cache", lambda: bandwidth(moved, run, *arrays, length), shape=[b, h, s])
+    h, c, r, s = (4, 128, 64, 128) if smoke else (128, 512, 64, 8192)
+    for b, t in ((2, 1), (1, 2)) if smoke else ((64, 1), (1, 2)):
+        arrays = normal(b, t, h, c), normal(b, t, h, r, seed=1), normal(b, s, c, seed=2), normal(b, s, r, seed=3)
+        length, moved = jnp.full(b, s - t), 2 * b * s * (c + r)
+        for side in ("auto", "reference"):
+            run = functools.partial(latent_attention, scale=192**-0.5, implementation=side)
+            measure = functools.partial(bandwidth, moved, run, *arrays, length)
+            report.add(f"decoding on the latent cache {side}", measure, shape=[b, t, h, s])
 
 
 def training_step(report: Report, smoke: bool, peak: float | None) -> None:

@@ -268,7 +268,7 @@ class ComputeConfig:
     attention: Literal["auto", "blocks", "splash", "cudnn"] = Field(
         "auto", description="implementation of attention in training and prefill; auto chooses by platform"
     )
-    latent_attention: Literal["auto", "reference", "pallas_tpu"] = Field(
+    latent_attention: Literal["auto", "reference", "pallas_tpu", "pallas_gpu"] = Field(
         "auto", description="implementation of decoding on the latent cache; auto chooses by platform"
     )
     exchange: Literal["auto", "ragged", "gather", "pallas_tpu"] = Field(

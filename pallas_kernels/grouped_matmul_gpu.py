@@ -190,7 +190,9 @@ def _rows_times_weights(x, w, group_sizes, transposed: bool, interpret):
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return launch(plgpu, kernel, (m, n), x.dtype, interpret)(tile_experts(group_sizes, n_tiles), x, w)
+    return launch(plgpu, kernel, jax.ShapeDtypeStruct((m, n), x.dtype), interpret)(
+        tile_experts(group_sizes, n_tiles), x, w
+    )
 
 
 def _rows_times_rows(x, dy, group_sizes, dtype, interpret):
@@ -246,14 +248,14 @@ def _rows_times_rows(x, dy, group_sizes, dtype, interpret):
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return launch(plgpu, kernel, (n_groups, k, n), dtype, interpret)(firsts, steps, x, dy)
+    return launch(plgpu, kernel, jax.ShapeDtypeStruct((n_groups, k, n), dtype), interpret)(firsts, steps, x, dy)
 
 
 def no_work(*_, **__):
     """In place of what does not matter to how much memory a pipeline needs."""
 
 
-def copied_ahead(plgpu, body, context, n_steps, *in_specs):
+def copied_ahead(plgpu, body, context, n_steps, *in_specs, stages: int = STAGES):
     """A pipeline of n_steps, whose blocks one warpgroup copies while two run the body, within the context."""
     return plgpu.emit_pipeline_warp_specialized(
         body,
@@ -261,7 +263,7 @@ def copied_ahead(plgpu, body, context, n_steps, *in_specs):
         memory_registers=_MEMORY_REGISTERS,
         wg_axis="warpgroup",
         num_compute_wgs=2,
-        max_concurrent_steps=STAGES,
+        max_concurrent_steps=stages,
         compute_context=context,
         in_specs=in_specs,
     )
@@ -277,11 +279,11 @@ def slots(plgpu, dtype):
     return plgpu.SMEM((2, 2, HALF, _SWIZZLE // jnp.dtype(dtype).itemsize), dtype, transforms=transforms(dtype))
 
 
-def transforms(dtype) -> tuple:
-    """How tiles lie in shared memory: rows of 128 bytes, swizzled."""
+def transforms(dtype, swizzle: int = _SWIZZLE) -> tuple:
+    """How tiles lie in shared memory: rows of that many bytes, swizzled."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return plgpu.TilingTransform((8, _SWIZZLE // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(_SWIZZLE)
+    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
 def write(plgpu, values, slots, rows, first_column) -> None:
@@ -294,21 +296,29 @@ def write(plgpu, values, slots, rows, first_column) -> None:
         plgpu.copy_smem_to_gmem(slots.at[i % 2], rows.at[:, pl.ds(first_column + i * width, width)])
 
 
-def launch(plgpu, kernel, shape: tuple[int, ...], dtype, interpret):
-    """The kernel on every multiprocessor, with two warpgroups that compute and one that copies."""
+def launch(plgpu, kernel, out_type, interpret, blocks: int | None = None, **options):
+    """The kernel by that many blocks of threads along the axis "sm", if not given one on each multiprocessor.
+
+    A block has two warpgroups that compute and one that copies. options: further ones of the compiler.
+    """
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
-        grid=(2 if interpret else _multiprocessors(),),
+        out_type=out_type,
+        grid=(blocks or multiprocessors(interpret),),
         grid_names=("sm",),
         num_threads=3,
         thread_name="warpgroup",
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True, **options
+        ),
     )
 
 
-def _multiprocessors() -> int:
+def multiprocessors(interpret) -> int:
+    """Of the GPU that is compiled for; interpreted, as few as can race."""
+    if interpret:
+        return 2
     if device := jax.sharding.get_abstract_mesh().abstract_device:  # compiling for one that is not here
         return device.num_cores
     return jax.devices()[0].core_count

@@ -1,9 +1,9 @@
 """Attention on a latent cache, in MLA's absorbed form: all heads read the same keys, and part of them as values.
 
-`latent_attention` is the public function, `reference` its definition, and `pallas_tpu` the kernel of TPUs, which reads
-the cache once: block after block of a row's entries goes through scores, softmax and output while it is on the chip,
-and maximum, sum and output so far are corrected where a later block changes them. Blocks past a row's length are not
-fetched.
+`latent_attention` is the public function, `reference` its definition, `pallas_tpu` the kernel of TPUs and `pallas_gpu`
+(in latent_attention_gpu.py) that of Hopper GPUs. Both read the cache once: block after block of a row's entries goes
+through scores, softmax and output while it is on the chip, and maximum, sum and output so far are corrected where a
+later block changes them. Blocks past a row's length are not fetched.
 """
 
 import functools
@@ -16,10 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.choice import choose
+from pallas_kernels import latent_attention_gpu
+from pallas_kernels.choice import choose, warn_once
 from pallas_kernels.grouped_matmul_tpu import USED, VMEM_BYTES, parameters, product
+from pallas_kernels.latent_attention_gpu import pallas_gpu
 
-IMPLEMENTATION_BY_PLATFORM = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "reference"}
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 _LANES = 128
 _OVER_ROWS, _OVER_COLUMNS = ((((1,), (axis,)), ((), ())) for axis in (0, 1))  # of the second operand
@@ -38,14 +40,18 @@ def latent_attention(
     """softmax(scale (q_latent c_kv^T + q_rope k_rope^T)) c_kv over what each new token sees, in the dtype of q_latent.
 
     New token t of row b sees the first length[b] + t + 1 entries of its cache, itself last; softmax in float32. All
-    arrays but length have one dtype. Entries that no token sees may hold anything finite; only the kernel, which does
-    not use them, also takes NaN there. For inference: the kernel has no gradient. Follows DeepSeek-V2
+    arrays but length have one dtype. Entries that no token sees may hold anything finite; only the kernels, which do
+    not use them, also take NaN there. For inference: the kernels have no gradient. Follows DeepSeek-V2
     (arXiv:2405.04434), appendix C.
 
-    implementation: "auto" (by platform), "reference", "pallas_tpu" or "pallas_interpret" (the same kernel on any
-    platform, for tests); any other name raises ValueError.
+    implementation: "auto" (by platform), "reference", "pallas_tpu", "pallas_interpret" (the same kernel on any
+    platform, for tests) or "pallas_gpu"; any other name raises ValueError. What "pallas_gpu" cannot do goes to
+    "reference", with a line in the log.
     """
     name = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
+    if name == "pallas_gpu" and (reason := latent_attention_gpu.unsupported(q_latent, q_rope, c_kv, k_rope)):
+        warn_once(f"attention on the latent cache by its definition, not by the kernel for GPUs: {reason}")
+        name = "reference"
     return IMPLEMENTATIONS[name](q_latent, q_rope, c_kv, k_rope, length, scale)
 
 
@@ -199,4 +205,5 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
     "pallas_tpu": pallas_tpu,
     "pallas_interpret": functools.partial(pallas_tpu, interpret=True),
+    "pallas_gpu": pallas_gpu,
 }

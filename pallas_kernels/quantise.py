@@ -2,7 +2,8 @@
 
 arXiv:2412.19437, section 3.3; reference section 5.2.
 
-`quantise` is the public function and chooses by platform, `reference` its definition, `by_kernel` that for TPUs.
+`quantise` is the public function and chooses by platform, `reference` its definition, `by_kernel` that for TPUs and
+`by_gpu_kernel` that for Hopper GPUs.
 """
 
 import functools
@@ -16,8 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels import quantise_tpu
-from pallas_kernels.choice import choose
+from pallas_kernels import quantise_gpu, quantise_tpu
+from pallas_kernels.choice import choose, warn_once
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of E4M3
@@ -53,7 +54,8 @@ def quantise(x: Float[Array, "*B R C"], tile: Tile, *, implementation: str = "au
 
     In float32: the scale is the largest value times 1/448, and values are multiplied by one over the scale. NaN and
     infinities become NaN, and count for no scale; zeros stay zeros. implementation: "auto" (by platform), "reference",
-    "pallas_tpu" or "pallas_interpret" (the same kernel on any platform); any other name raises ValueError.
+    "pallas_tpu", "pallas_interpret" (the same kernel on any platform) or "pallas_gpu"; any other name raises
+    ValueError. What "pallas_gpu" cannot quantise goes to "reference", with a line in the log.
     """
     name = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
     return IMPLEMENTATIONS[name](x, tile)
@@ -68,7 +70,7 @@ def quantise_all(
     """
     name = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
     shape = operands[0].shape
-    if name.startswith("pallas") and quantise_tpu.takes(*_lengths(tile, shape), shape, len(operands)):
+    if name in ("pallas_tpu", "pallas_interpret") and quantise_tpu.takes(*_lengths(tile, shape), shape, len(operands)):
         return _kernel(operands, tile, of=of, interpret=name == "pallas_interpret")
     return [quantise(x, tile, implementation=name) for x in of(*operands)]
 
@@ -114,6 +116,18 @@ def _lengths(tile: Tile, shape: tuple[int, ...]) -> tuple[int, int]:
     return length(tile.rows, shape[-2]), length(tile.columns, shape[-1])
 
 
+def by_gpu_kernel(x: Float[Array, "*B R C"], tile: Tile, interpret=False) -> Quantised:
+    """As `reference`, in one pass over x, for what the kernel takes; the rest by the definition, which is logged.
+
+    interpret: InterpretGPUParams to run on any platform, slowly.
+    """
+    if reason := quantise_gpu.unsupported(x, tile.rows, tile.columns):
+        warn_once(f"quantisation by its definition, not by the kernel for GPUs: {reason}")
+        return reference(x, tile)
+    scale = functools.partial(scale_of, ue8m0=tile.ue8m0)
+    return Quantised(*quantise_gpu.pallas_gpu(x, tile.rows, tile.columns, scale, interpret=interpret), tile)
+
+
 def scale_of(largest: Float[Array, "*B"], ue8m0: bool) -> Float[Array, "*B"]:
     """The scale of tiles whose largest absolute values are given."""
     # Not a division: XLA makes one by a constant a product with its inverse on some platforms.
@@ -151,5 +165,6 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
     "pallas_tpu": by_kernel,
     "pallas_interpret": functools.partial(by_kernel, interpret=True),
+    "pallas_gpu": by_gpu_kernel,
 }
-IMPLEMENTATION_BY_PLATFORM = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "reference"}
+IMPLEMENTATION_BY_PLATFORM = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}

@@ -8,6 +8,7 @@ weights' gradient are given transposed. Found by compiling prototypes (reference
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -152,7 +153,7 @@ def _rows_times_weights(x, x_scales, w, w_scales, group_sizes, dtype, interpret)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     arrays = tile_experts(group_sizes, n_tiles), x, x_scales, w, w_scales
-    return launch(plgpu, kernel, (m, n), dtype, interpret)(*arrays)
+    return launch(plgpu, kernel, jax.ShapeDtypeStruct((m, n), dtype), interpret)(*arrays)
 
 
 def _rows_times_rows(x, x_scales, dy, dy_scales, group_sizes, dtype, interpret):
@@ -220,4 +221,4 @@ def _rows_times_rows(x, x_scales, dy, dy_scales, group_sizes, dtype, interpret):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     arrays = firsts, steps, x, x_scales, dy, dy_scales
-    return launch(plgpu, kernel, (n_groups, k, n), dtype, interpret)(*arrays)
+    return launch(plgpu, kernel, jax.ShapeDtypeStruct((n_groups, k, n), dtype), interpret)(*arrays)

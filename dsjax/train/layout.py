@@ -23,6 +23,7 @@ ONLY_ON = (
     ("attention", "splash", ["tpu"]),
     ("attention", "cudnn", ["gpu"]),
     ("latent_attention", "pallas_tpu", ["tpu"]),
+    ("latent_attention", "pallas_gpu", ["gpu"]),
     ("exchange", "ragged", ["tpu", "gpu"]),
     ("exchange", "pallas_tpu", ["tpu"]),
 )

@@ -182,6 +182,7 @@ def test_a_mesh_of_sizes_that_divide_is_made(tmp_path):
         ("attention", "splash"),
         ("attention", "cudnn"),
         ("latent_attention", "pallas_tpu"),
+        ("latent_attention", "pallas_gpu"),
         ("exchange", "ragged"),
         ("exchange", "pallas_tpu"),
     ],
