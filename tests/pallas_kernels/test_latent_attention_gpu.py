@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_matmul
+from pallas_kernels import choice
 from pallas_kernels.latent_attention import latent_attention, reference
 from pallas_kernels.latent_attention_gpu import choose_splits, pallas_gpu, unsupported
 
@@ -56,7 +56,7 @@ def test_rows_are_cut_where_multiprocessors_would_be_idle(items, blocks, splits)
 
 
 def test_what_the_kernel_cannot_do_is_said_and_done_by_the_definition(caplog):
-    grouped_matmul.warn_once.cache_clear()
+    choice.warn_once.cache_clear()
     args, length = operands(2, 1, 4, 32, jnp.float32), jnp.array([3, 31])
     with caplog.at_level(logging.WARNING):
         got = [latent_attention(*args, length, SCALE, "pallas_gpu") for _ in range(2)]

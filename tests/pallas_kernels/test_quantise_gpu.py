@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import grouped_matmul
+from pallas_kernels import choice
 from pallas_kernels.quantise import Tile, by_gpu_kernel, quantise, reference
 from pallas_kernels.quantise_gpu import pallas_gpu, unsupported
 
@@ -50,7 +50,7 @@ def test_values_and_scales_are_bit_for_bit_the_definition_and_no_thread_races(ti
 
 
 def test_what_the_kernel_cannot_quantise_is_said_and_done_by_the_definition(caplog):
-    grouped_matmul.warn_once.cache_clear()
+    choice.warn_once.cache_clear()
     x, tile = draw(40, 72), Tile(1, None)
     with caplog.at_level(logging.WARNING):
         got = [quantise(x, tile, implementation="pallas_gpu") for _ in range(2)]
