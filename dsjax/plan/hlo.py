@@ -15,6 +15,7 @@ _COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
+_EXPERTS_KERNELS = "grouped_matmul", "grouped_swiglu", "scaled_matmul", "ragged-dot"  # how their names begin
 _APPLIED = ("all-reduce", "all-reduce-start", "reduce-scatter", "reduce", "scatter", "sort", "reduce-window", "map")
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.-]+) = ")
@@ -168,13 +169,13 @@ def groups(text: str, n_devices: int) -> np.ndarray | list[list[int]]:
 
 
 def flops(program: Program) -> float:
-    """Floating point operations of all matrix products, those of the experts' kernels at all their rows."""
+    """Floating point operations of all matrix products, those of kernels at all their rows."""
     total = 0.0
     for computation, instruction, times in program.instructions():
         types = program.operand_types(computation, instruction)
         if instruction.opcode in ("dot", "convolution") and len(types) >= 2:
             total += times * _product_flops(instruction, types)
-        elif instruction.opcode == "custom-call" and instruction.name.startswith(("grouped_matmul", "ragged-dot")):
+        elif instruction.opcode == "custom-call" and instruction.name.startswith(_EXPERTS_KERNELS):
             total += times * _ragged_flops(instruction, types)
     return total
 
@@ -359,10 +360,11 @@ def _real_taps(n: int, n_out: int, window: dict[str, str]) -> int:
 
 
 def _ragged_flops(instruction: Instruction, types: list[str]) -> float:
-    """Of XLA:TPU's kernels and ours: [M, K] x [E, K, N] -> [M, N], or [M, K] x [M, N] -> [E, K, N]."""
+    """Of XLA:TPU's kernels and ours: [M, K] x [E, K, N] -> [M, N], or [M, K] x [M, N] -> [E, K, N]; twice the former
+    where it is gate and up. Other operands, as scales, stand behind the first."""
     shapes = [dims for text in types for _, dims in arrays(text) if len(dims) > 1]
     out = arrays(instruction.type)[0][1]
     if len(shapes) < 2 or len(out) < 2:
         return 0.0
     rows, k = shapes[0]
-    return 2.0 * rows * k * out[-1]
+    return 2.0 * rows * k * out[-1] * (2 if instruction.name.startswith("grouped_swiglu") else 1)

@@ -210,5 +210,34 @@ ENTRY %main (a: f32[{a}], b: f32[{b}]) -> f32[{y}] {{
     assert hlo.flops(hlo.Program(text)) == 2 * flops
 
 
+@pytest.mark.parametrize(
+    ("name", "result", "operands", "flops"),
+    [
+        ("grouped_matmul", "bf16[64,32]", ["s32[5]", "bf16[64,16]", "bf16[4,16,32]"], 64 * 16 * 32),
+        ("grouped_matmul_gradient", "f32[4,16,32]", ["s32[5]", "bf16[64,16]", "bf16[64,32]"], 64 * 16 * 32),
+        (
+            "grouped_swiglu",
+            "(bf16[64,32], bf16[64,32], bf16[64,32])",
+            ["s32[5]", "bf16[64,16]", "f32[64,1]", "bf16[4,16,32]", "bf16[4,16,32]"],
+            2 * 64 * 16 * 32,
+        ),
+        (
+            "scaled_matmul_transposed",
+            "bf16[64,32]",
+            ["s32[5]", "f8e4m3fn[64,16]", "f32[64,1]", "f8e4m3fn[4,32,16]", "f32[4,1,1]"],
+            64 * 16 * 32,
+        ),
+        ("quantise", "(f8e4m3fn[64,16], f32[1,64,1])", ["bf16[64,16]"], 0),
+    ],
+)
+def test_kernels_count_at_all_their_rows(name, result, operands, flops):
+    lines = [f"  %p{i} = {operand} parameter({i})" for i, operand in enumerate(operands)]
+    places = ", ".join(f"%p{i}" for i in range(len(operands)))
+    lines.append(f'  %{name}.7 = {result} custom-call({places}), custom_call_target="tpu_custom_call"')
+    head = ", ".join(f"p{i}: {operand}" for i, operand in enumerate(operands))
+    text = "\n".join([f"ENTRY %main ({head}) -> {result} {{", *lines, "}", ""])
+    assert hlo.flops(hlo.Program(text)) == 2 * flops
+
+
 def test_types_are_measured():
     assert hlo.type_bytes("(bf16[4,8]{1,0:T(8,128)(2,1)}, pred[3], f8e4m3fn[10], s32[])") == 64 + 3 + 10 + 4
