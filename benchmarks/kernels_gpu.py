@@ -25,7 +25,7 @@ from dsjax.plan import hlo
 
 CHIP = "NVIDIA H100 80GB HBM3"
 SHAPES = ["4,32768,7168,4096", "8,32768,2048,7168"]  # experts, rows, K, N: DeepSeek-V3's two
-QUANTISED = ["8192,7168"]
+QUANTISED = ["8192,7168", "8192,576"]
 DECODING = ["64,1,128,8192", "1,2,128,8192"]  # rows, new tokens, heads, entries of latents of 512 + 64
 
 

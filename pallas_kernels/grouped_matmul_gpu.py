@@ -129,6 +129,7 @@ def tile_experts(group_sizes: Int[Array, "E"], n_tiles: int) -> Int[Array, "T"]:
     return jnp.where(expert < group_sizes.shape[0], expert, -1)
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))  # each shape is lowered once, however often it comes
 def _rows_times_weights(x, w, group_sizes, transposed: bool, interpret):
     """y[row] = x[row] @ w[group of row], or @ w[group of row].T; zeros where a row is in no group."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -195,6 +196,7 @@ def _rows_times_weights(x, w, group_sizes, transposed: bool, interpret):
     )
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _rows_times_rows(x, dy, group_sizes, dtype, interpret):
     """dw[e] = x[rows of e].T @ dy[rows of e]."""
     from jax.experimental.pallas import mosaic_gpu as plgpu

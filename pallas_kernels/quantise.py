@@ -88,7 +88,7 @@ def reference(x: Float[Array, "*B R C"], tile: Tile) -> Quantised:
     by_tile = _tiles(x.astype(jnp.float32), tile)
     size = jnp.abs(by_tile)
     largest = jnp.max(jnp.where(size < jnp.inf, size, 0), axis=(-3, -1), keepdims=True)
-    scales = scale_of(largest, tile.ue8m0)
+    scales = _scaling(tile)(largest)
     values = _untiled((by_tile * (1 / scales)).astype(E4M3), r, c)
     return Quantised(values, scales[..., 0, :, 0], tile)
 
@@ -107,8 +107,7 @@ def by_kernel(x: Float[Array, "*B R C"], tile: Tile, interpret=False) -> Quantis
 
 
 def _kernel(operands, tile: Tile, **options) -> list[Quantised]:
-    scale = functools.partial(scale_of, ue8m0=tile.ue8m0)
-    results = quantise_tpu.pallas_tpu(operands, *_lengths(tile, operands[0].shape), scale, **options)
+    results = quantise_tpu.pallas_tpu(operands, *_lengths(tile, operands[0].shape), _scaling(tile), **options)
     return [Quantised(*result, tile) for result in results]
 
 
@@ -124,18 +123,23 @@ def by_gpu_kernel(x: Float[Array, "*B R C"], tile: Tile, interpret=False) -> Qua
     if reason := quantise_gpu.unsupported(x, tile.rows, tile.columns):
         warn_once(f"quantisation by its definition, not by the kernel for GPUs: {reason}")
         return reference(x, tile)
-    scale = functools.partial(scale_of, ue8m0=tile.ue8m0)
-    return Quantised(*quantise_gpu.pallas_gpu(x, tile.rows, tile.columns, scale, interpret=interpret), tile)
+    return Quantised(*quantise_gpu.pallas_gpu(x, *tile[:2], _scaling(tile), interpret=interpret), tile)
 
 
-def scale_of(largest: Float[Array, "*B"], ue8m0: bool) -> Float[Array, "*B"]:
+def scale_of(largest: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """The scale of tiles whose largest absolute values are given."""
     # Not a division: XLA makes one by a constant a product with its inverse on some platforms.
-    scale = jnp.maximum(largest, SMALLEST) * INVERSE
-    if not ue8m0:
-        return scale
-    bits = lax.bitcast_convert_type(scale, jnp.uint32)
-    return lax.bitcast_convert_type((bits + 0x7FFFFF) & jnp.uint32(0x7F800000), jnp.float32)  # the next exponent up
+    return jnp.maximum(largest, SMALLEST) * INVERSE
+
+
+def ue8m0_scale_of(largest: Float[Array, "*B"]) -> Float[Array, "*B"]:
+    """The same, or the next power of two."""
+    bits = lax.bitcast_convert_type(scale_of(largest), jnp.uint32)
+    return lax.bitcast_convert_type((bits + 0x7FFFFF) & jnp.uint32(0x7F800000), jnp.float32)
+
+
+def _scaling(tile: Tile) -> Callable:
+    return ue8m0_scale_of if tile.ue8m0 else scale_of
 
 
 def length(size: int | None, n: int) -> int:

@@ -5,6 +5,8 @@ A warpgroup takes a block of 128 x 128 values from memory to shared memory, from
 the largest ones and scales, and back. XLA reads the matrix at least twice.
 """
 
+import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -28,8 +30,8 @@ def unsupported(x: Float[Array, "*B R C"], rows: int | None, columns: int | None
         return f"tiles {(rows, columns)}; expected {', '.join(map(str, _TILES))}"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"quantises bfloat16 and float32, not {x.dtype}"
-    if x.shape[-1] % 16 or 0 in x.shape:
-        return f"shape {x.shape}: rows must be multiples of 16 values, and not none"
+    if x.shape[-2] % 8 or x.shape[-1] % 32 or 0 in x.shape:
+        return f"shape {x.shape}: expected multiples of 8 rows and of 32 columns"
     return None
 
 
@@ -53,11 +55,15 @@ def pallas_gpu(
     return values.reshape(x.shape), scales.reshape(*batch, *scales.shape[1:])
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # each shape is lowered once, however often it comes
 def _quantise(x, rows: int, columns: int, scale_of: Callable, interpret):
     """Scales have whole blocks' places, and those of rows are [B, Tc, R]: what a block has of them lies together. Of
     tiles as large as a block it is their largest values, as a kernel cannot see a single number's bits.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def as_copied(dtype):  # in pieces that divide a row: the hardware copies no half ones
+        return transforms(dtype, math.gcd(x.shape[2] * jnp.dtype(dtype).itemsize, 128))
 
     layout = plgpu.Layout.WGMMA
     b, n_down, n_across = x.shape[0], *(-(-n // _BLOCK) for n in x.shape[1:])
@@ -111,8 +117,8 @@ def _quantise(x, rows: int, columns: int, scale_of: Callable, interpret):
         grid=(b, n_down, n_across),
         grid_names=("matrix", "down", "across"),
         scratch_types=(
-            plgpu.SMEM((_BLOCK, _BLOCK), x.dtype, transforms=transforms(x.dtype)),
-            plgpu.SMEM((_BLOCK, _BLOCK), _E4M3, transforms=transforms(_E4M3)),
+            plgpu.SMEM((_BLOCK, _BLOCK), x.dtype, transforms=as_copied(x.dtype)),
+            plgpu.SMEM((_BLOCK, _BLOCK), _E4M3, transforms=as_copied(_E4M3)),
             plgpu.Barrier(),
         ),
         interpret=interpret,

@@ -93,6 +93,7 @@ def scaled_gradient_gpu(
     return dw[:, :k, :n]
 
 
+@functools.partial(jax.jit, static_argnums=(5, 6))  # each shape is lowered once, however often it comes
 def _rows_times_weights(x, x_scales, w, w_scales, group_sizes, dtype, interpret):
     """y[row] = sum over blocks b of K of x[row, b] @ w[group of row][:, b].T * x_scales[b, row] * w_scales[.., b]."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -156,6 +157,7 @@ def _rows_times_weights(x, x_scales, w, w_scales, group_sizes, dtype, interpret)
     return launch(plgpu, kernel, jax.ShapeDtypeStruct((m, n), dtype), interpret)(*arrays)
 
 
+@functools.partial(jax.jit, static_argnums=(5, 6))
 def _rows_times_rows(x, x_scales, dy, dy_scales, group_sizes, dtype, interpret):
     """dw[e] = sum over blocks b of the rows of e of x[:, b] @ dy[:, b].T * x_scales[b] * dy_scales[b]."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
