@@ -77,11 +77,11 @@ def gate_up(
     interpret: bool | pltpu.InterpretParams = False,
     *,
     keep: bool,
-) -> list[Float[Array, "M F"]]:
+) -> tuple[Float[Array, "M F"], ...]:
     """SwiGLU of x with two weights, after both products if they are kept; zeros where a row is in no group."""
     (m, k), (n_groups, _, n) = x.shape, weights[0].shape
     if 0 in (m, k, n):
-        return [jnp.zeros((m, n), x.dtype)] * (3 if keep else 1)
+        return (jnp.zeros((m, n), x.dtype),) * (3 if keep else 1)
     tiles = tiles or matmul.choose_tiles(m, k, n, x.dtype.itemsize, n_weights=2, n_results=3)
     plan = matmul.walk(group_sizes, m, tiles.rows, empty=False)
 
@@ -93,7 +93,7 @@ def gate_up(
 
     weight = pl.BlockSpec((pl.squeezed, k, tiles.columns), of_group)
     result = rows(tiles.columns, lambda j, s, starts, group, tile, read: (tile[s], j))
-    results = [jax.ShapeDtypeStruct((m, n), x.dtype)] * (3 if keep else 1)
+    results = (jax.ShapeDtypeStruct((m, n), x.dtype),) * (3 if keep else 1)
     return pl.pallas_call(
         functools.partial(_kernel, n_groups=n_groups, swiglu=swiglu),
         out_shape=results,
