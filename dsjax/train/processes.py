@@ -221,10 +221,10 @@ def _wait_for(key: str) -> str:
             raise _OtherFailed(failure)
 
 
-def _failure() -> str | None:
+def _failure(client=None) -> str | None:
     """What the first process to fail has said."""
     try:
-        return _client().key_value_try_get(_FAILED)
+        return (client or _client()).key_value_try_get(_FAILED)
     except jax.errors.JaxRuntimeError:
         return None
 
@@ -264,28 +264,29 @@ def _watch(over: threading.Event, heartbeat_timeout_s: int) -> None:
     On process 0 it also finds out who has stopped saying so.
     """
     me, heard = distributed.global_state.process_id, {}
+    client = _client()  # JAX forgets it when the interpreter ends, which this thread may see
     for beat in itertools.count():
         if over.wait(POLL_S):
             with contextlib.suppress(jax.errors.JaxRuntimeError):
-                _say_alive(me, "gone")
+                _say_alive(client, me, "gone")
             return
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            _say_alive(me, str(beat))
-            if me == 0 and (silent := _silent(heard, heartbeat_timeout_s)):
-                _client().key_value_set(_FAILED, f"{silent} was killed or lost; {_AGAIN}")
-        if failure := _failure():
+            _say_alive(client, me, str(beat))
+            if me == 0 and (silent := _silent(client, heard, heartbeat_timeout_s)):
+                client.key_value_set(_FAILED, f"{silent} was killed or lost; {_AGAIN}")
+        if failure := _failure(client):
             time.sleep(GRACE_S + 2 * POLL_S * (me == 0))  # with process 0 ends what the others ask
             _end(None if _ended.is_set() else failure)
 
 
-def _say_alive(me: int, value: str) -> None:
-    _client().key_value_set(f"{_ALIVE}/{me}", value, allow_overwrite=True)
+def _say_alive(client, me: int, value: str) -> None:
+    client.key_value_set(f"{_ALIVE}/{me}", value, allow_overwrite=True)
 
 
-def _silent(heard: dict[str, tuple[str, float]], timeout_s: int) -> str | None:
+def _silent(client, heard: dict[str, tuple[str, float]], timeout_s: int) -> str | None:
     """A process whose last word is older than timeout_s. `heard` is kept between calls: last words and their times."""
     now = time.monotonic()
-    for key, word in _client().key_value_dir_get(_ALIVE):
+    for key, word in client.key_value_dir_get(_ALIVE):
         if heard.get(key, ("", now))[0] != word:
             heard[key] = word, now
         elif word != "gone" and now - heard[key][1] > timeout_s:
