@@ -135,7 +135,7 @@ def scale_of(largest: Float[Array, "*B"]) -> Float[Array, "*B"]:
 def ue8m0_scale_of(largest: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """The same, or the next power of two."""
     bits = lax.bitcast_convert_type(scale_of(largest), jnp.uint32)
-    return lax.bitcast_convert_type((bits + 0x7FFFFF) & jnp.uint32(0x7F800000), jnp.float32)
+    return lax.bitcast_convert_type((bits + 0x7FFFFF) & jnp.uint32(0x7F800000), jnp.float32)  # the next exponent up
 
 
 def _scaling(tile: Tile) -> Callable:

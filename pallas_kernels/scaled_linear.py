@@ -63,7 +63,8 @@ def scaled_swiglu(
     For jax.checkpoint what is kept of the products with w_gate and w_up is named "mlp_gate" and "mlp_up".
     """
     gate, up = scaled_linears(x, (w_gate, w_up), scaling, group_sizes, alignment)
-    return _down(gate, up, row_weights, w_down, group_sizes, scaling, alignment)
+    factors = gate, up, *(() if row_weights is None else (row_weights[:, None],))
+    return _down(factors, w_down, group_sizes, scaling, alignment)
 
 
 def _quantise(x, tile: Tile, scaling: Scaling) -> Quantised:
@@ -103,43 +104,39 @@ def _linears_backward(scaling, alignment, residuals, dys):
 _linears.defvjp(_linears_forward, _linears_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _down(gate, up, row_weights, w, group_sizes, scaling, alignment):
-    (h,) = _swiglu_quantised(lambda gate, up, h: (h,), gate, up, row_weights, scaling)
-    return _products(h, gate.dtype, (w,), group_sizes, scaling, alignment)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _down(factors, w, group_sizes, scaling, alignment):
+    """factors: gate, up, and the rows' weights [M, 1], if there are."""
+    (h,) = _swiglu_quantised(factors, scaling, keep=False)
+    return _products(h, factors[0].dtype, (w,), group_sizes, scaling, alignment)[0]
 
 
-def _down_forward(gate, up, row_weights, w, group_sizes, scaling, alignment):
-    if scaling.kept == scaling.forward.left:  # three results of one walk
-        *kept, h = _swiglu_quantised(lambda *all: all, gate, up, row_weights, scaling)
-    else:
-        kept = [_kept(a, scaling) for a in (gate, up)]
-        (h,) = _swiglu_quantised(lambda gate, up, h: (h,), gate, up, row_weights, scaling)
+def _down_forward(factors, w, group_sizes, scaling, alignment):
+    gate, up, *row_weights = factors
+    *kept, h = _swiglu_quantised(factors, scaling, keep=scaling.kept == scaling.forward.left)
     kept = [
         jax.tree.map(lambda leaf, name=name: checkpoint_name(leaf, name), a)
-        for a, name in zip(kept, ("mlp_gate", "mlp_up"))
+        for a, name in zip(kept or [_kept(a, scaling) for a in (gate, up)], ("mlp_gate", "mlp_up"))
     ]
     y = _products(h, gate.dtype, (w,), group_sizes, scaling, alignment)[0]
-    return y, (*kept, row_weights, w, group_sizes)
+    return y, (kept, row_weights, w, group_sizes)
 
 
-def _swiglu_quantised(choice, gate, up, row_weights, scaling: Scaling):
-    """What is chosen of gate, up and their SwiGLU, quantised as the left operand of a product."""
+def _swiglu_quantised(factors, scaling: Scaling, keep: bool) -> list[Quantised]:
+    """SwiGLU as the left operand of a product, in one walk with gate and up before it, quantised alike, to be kept."""
 
-    def of(gate, up, *row_weights):
-        return choice(gate, up, _swiglu(gate, up, *row_weights))
+    def of(*factors):
+        return (*(factors[:2] if keep else ()), _swiglu(*factors))
 
-    operands = (gate, up) if row_weights is None else (gate, up, row_weights[:, None])
-    return quantising.quantise_all(of, operands, scaling.forward.left, implementation=_quantiser(scaling))
+    return quantising.quantise_all(of, factors, scaling.forward.left, implementation=_quantiser(scaling))
 
 
 def _down_backward(scaling, alignment, residuals, dy):
-    gate, up, row_weights, w, group_sizes = residuals
-    factors = _restored(gate), _restored(up), *(() if row_weights is None else (row_weights[:, None],))
-    h, pull = jax.vjp(_swiglu, *factors)
+    kept, row_weights, w, group_sizes = residuals
+    h, pull = jax.vjp(_swiglu, *map(_restored, kept), *row_weights)
     dh, (dw,) = _gradients(h, (w,), (dy,), group_sizes, scaling, alignment)
     dgate, dup, *dweights = pull(dh.astype(h.dtype))
-    return dgate.astype(dy.dtype), dup.astype(dy.dtype), dweights[0][:, 0] if dweights else None, dw, None
+    return (dgate.astype(dy.dtype), dup.astype(dy.dtype), *dweights), dw, None
 
 
 _down.defvjp(_down_forward, _down_backward)
