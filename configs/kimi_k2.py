@@ -1,10 +1,10 @@
 """kimi_k2: Kimi-K2, 1T parameters (Moonshot AI): V3's network with 384 experts in one group and half the heads.
 
-Trained with MuonClip; AdamW stands in for it here. The published rate was 2e-4 for 10T tokens and a cosine to 2e-5 over
-5.5T, then an annealing to 7e-6: V3's four phases are nearest.
+Trained with MuonClip (arXiv:2507.20534, section 2.5): Muon, and attention logits held down by scaling wq and wk, which
+is left out here. `steps` ends where the cosine does; --steps=236929 goes on through the annealing of 400B tokens.
 """
 
-from dsjax.config import BalanceConfig, ComputeConfig, Config, ModelConfig, OptimizerConfig, RopeScaling
+from dsjax.config import BalanceConfig, ComputeConfig, Config, ModelConfig, OptimizerConfig, Phase, RopeScaling
 
 
 def kimi_k2() -> Config:
@@ -43,6 +43,17 @@ def kimi_k2() -> Config:
             initializer_range=0.02,  # config.json's; the report gives none
         ),
         balance=BalanceConfig(bias_update_speed=0.001),  # neither a loss nor the speed was published
-        optimizer=OptimizerConfig(peak_lr=2e-4, warmup_steps=500, schedule="v3"),
+        optimizer=OptimizerConfig(
+            name="muon",
+            peak_lr=2e-4,
+            warmup_steps=500,
+            schedule="phases",
+            phases=(
+                Phase("constant", until=10e12, rate=1),
+                Phase("cosine", until=15.5e12, rate=2e-5 / 2e-4),
+                Phase("linear", until=15.9e12, rate=7e-6 / 2e-4),  # the annealing's shape was not published
+            ),
+            clip_norm=1.0,  # not published
+        ),
         compute=ComputeConfig(precision="bf16", remat="deepseek"),
     )

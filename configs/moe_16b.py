@@ -37,7 +37,7 @@ def moe_16b() -> Config:
             peak_lr=4.2e-4,
             warmup_steps=2000,
             schedule="step",
-            step_at=(0.8, 0.9),
+            step_at=(0.8 * 106_449 * 4608 * 4096, 0.9 * 106_449 * 4608 * 4096),  # at 80% and 90% of the steps
             eps=1e-8,  # not published
         ),
         compute=ComputeConfig(precision="bf16", remat="deepseek"),

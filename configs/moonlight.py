@@ -1,10 +1,8 @@
-"""moonlight: Moonlight-16B-A3B (Moonshot AI): V2-Lite's size with V3's router.
-
-Trained with Muon; AdamW stands in for it here. After the cosine the published run rose to 1e-4 in 100 steps and fell to
-0 over its last 500B tokens; here the cosine goes on to the end.
+"""moonlight: Moonlight-16B-A3B (Moonshot AI, arXiv:2502.16982, section 3.3): V2-Lite's size with V3's router, trained
+with Muon.
 """
 
-from dsjax.config import BalanceConfig, ComputeConfig, Config, ModelConfig, OptimizerConfig
+from dsjax.config import BalanceConfig, ComputeConfig, Config, ModelConfig, OptimizerConfig, Phase
 
 
 def moonlight() -> Config:
@@ -43,7 +41,18 @@ def moonlight() -> Config:
             rms_norm_eps=1e-5,
             initializer_range=0.02,  # config.json's; the report gives none
         ),
-        balance=BalanceConfig(bias_update_speed=0.001, bias_update_until=5.2 / 5.7),  # no loss was published
-        optimizer=OptimizerConfig(peak_lr=4.2e-4, warmup_steps=2000, schedule="cosine", final_lr_ratio=0.1),
+        balance=BalanceConfig(bias_update_speed=0.001, bias_update_until=5.2e12),  # no loss was published
+        optimizer=OptimizerConfig(
+            name="muon",
+            peak_lr=4.2e-4,
+            warmup_steps=2000,  # to 33B tokens
+            schedule="phases",
+            phases=(
+                Phase("cosine", until=5.2e12, rate=4.2e-5 / 4.2e-4),
+                Phase("linear", until=5.2e12 + 100 * 4096 * 8192, rate=1e-4 / 4.2e-4),  # 100 steps
+                Phase("linear", until=5.7e12, rate=0),
+            ),
+            clip_norm=1.0,  # not published; Muon's direction does not depend on the gradient's length
+        ),
         compute=ComputeConfig(precision="bf16", remat="deepseek"),
     )

@@ -36,7 +36,7 @@ def v2() -> Config:
             topk_method="group_limited_greedy",
             norm_topk_prob=False,
             routed_scaling_factor=16.0,
-            # As released. Pre-training ran at 4K without YaRN: --model.rope-scaling=none
+            # As released. Pre-training ran at 4K without YaRN: --phase=pretrain
             rope_scaling=RopeScaling(factor=40, mscale=0.707, mscale_all_dim=0.707),
             max_position_embeddings=163_840,
             initializer_range=0.006,
@@ -46,8 +46,25 @@ def v2() -> Config:
             peak_lr=2.4e-4,
             warmup_steps=2000,
             schedule="step",
-            step_at=(0.6, 0.9),
+            step_at=(0.6 * 8.1e12, 0.9 * 8.1e12),
             eps=1e-8,  # not published
         ),
         compute=ComputeConfig(precision="bf16", remat="deepseek"),
     )
+
+
+PHASES = {
+    "pretrain": {"model.rope_scaling": None, "model.max_position_embeddings": 4096},
+    "32k": {  # section 3.1.4; it evaluates well to 128K after this one phase
+        "steps": 1000,
+        "seq_len": 32_768,
+        "batch_size": 576,
+        "batch_size_start": None,
+        "batch_ramp_tokens": 0,
+        "eval_every": 100,
+        "checkpoint_every": 100,
+        "optimizer.schedule": "constant",  # this and the next two were not published: pre-training's last rate
+        "optimizer.warmup_steps": 0,
+        "optimizer.peak_lr": 2.4e-4 * 0.316**2,
+    },
+}

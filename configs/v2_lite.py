@@ -40,7 +40,7 @@ def v2_lite() -> Config:
             peak_lr=4.2e-4,
             warmup_steps=2000,
             schedule="step",
-            step_at=(0.8, 0.9),
+            step_at=(0.8 * 5.7e12, 0.9 * 5.7e12),
             eps=1e-8,  # not published
         ),
         compute=ComputeConfig(precision="bf16", remat="deepseek"),

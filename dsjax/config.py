@@ -134,6 +134,11 @@ class ModelConfig:
         return self.num_hidden_layers - self.first_k_dense_replace
 
 
+# One rule for all that says when: 10e12 is that many tokens, however short this run, and 0.9 is nine tenths of it,
+# however long.
+_WHEN = "up to 1: part of the run's tokens, above: tokens"
+
+
 @_config
 class BalanceConfig:
     """Expert balance (reference sections 3.3 and 3.4). A loss with factor 0 is not computed."""
@@ -144,7 +149,7 @@ class BalanceConfig:
     sequence: float = Field(0.0, ge=0, description="factor of the sequence-wise loss (V3)")
     n_devices: int = Field(1, gt=0, description="devices D of the device and communication losses")
     bias_update_speed: float = Field(0.001, ge=0, description="step of the router bias (noaux_tc)")
-    bias_update_until: float = Field(1.0, ge=0, le=1, description="part of the run's tokens after which it rests")
+    bias_update_until: float = Field(1.0, ge=0, description=f"where it rests; {_WHEN}")
 
 
 @_config
@@ -153,30 +158,65 @@ class MtpConfig:
 
     loss_weight: float = Field(0.3, ge=0, description="lambda at the start")
     loss_weight_final: float = Field(0.1, ge=0, description="lambda after `switch_at`")
-    switch_at: float = Field(10 / 14.8, ge=0, le=1, description="part of the run's tokens at which lambda changes")
+    switch_at: float = Field(10 / 14.8, ge=0, description=f"where lambda changes; {_WHEN}")
+
+
+@_config
+class Phase:
+    """A stretch of the learning rate; the first one begins where the warm-up ends."""
+
+    shape: Literal["constant", "linear", "cosine"] = Field("constant", description="way from the rate before to `rate`")
+    until: float = Field(1.0, ge=0, description=f"where it ends; {_WHEN}")
+    rate: float = Field(1.0, ge=0, description="learning rate at its end, over peak_lr; constant: all the way")
 
 
 @_config
 class OptimizerConfig:
-    """AdamW and its schedule (reference section 7.2)."""
+    """The optimizer and the learning rate's schedule (reference section 7.2)."""
 
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: of matrices as in Moonlight; AdamW of embedding, head and norms"
+    )
     peak_lr: float = Field(2.2e-4, gt=0, description="highest learning rate")
-    warmup_steps: int = Field(2000, ge=0, description="linear rise from 0")
-    schedule: Literal["constant", "cosine", "step", "v3"] = Field(
-        "v3", description="after the rise: constant, cosine to final_lr_ratio, steps of x0.316, or V3's four phases"
+    warmup_steps: int = Field(
+        2000, ge=0, description="linear rise from 0; of a schedule in parts, no longer than the run"
+    )
+    schedule: Literal["constant", "cosine", "step", "phases"] = Field(
+        "cosine", description="after the rise: constant, cosine to final_lr_ratio, steps of x0.316, or `phases`"
+    )
+    phases: tuple[Phase, ...] = Field(
+        (), description=f"SHAPE:UNTIL:RATE of each; RATE over peak_lr, the last one stays; UNTIL {_WHEN}"
     )
     final_lr_ratio: float = Field(0.1, ge=0, le=1, description="last over highest rate (cosine)")
-    step_at: tuple[float, ...] = Field((0.8, 0.9), description="parts of the run's tokens where `step` falls by x0.316")
+    step_at: tuple[float, ...] = Field((0.8, 0.9), description=f"where `step` falls by x0.316; {_WHEN}")
     b1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment")
     b2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment")
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; norms are exempt")
     clip_norm: float = Field(1.0, gt=0, description="largest global gradient norm")
+    momentum: float = Field(0.95, ge=0, lt=1, description="of Muon, Nesterov's")
+    moments_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="in which moments are kept between steps; they are computed in float32"
+    )
     ema_decay: float | None = Field(None, ge=0, lt=1, description="moving average of the weights; none = no average")
+    ema_on: Literal["device", "host"] = Field(
+        "device", description="where the average is kept: by the step, or in host memory, while the next steps run"
+    )
 
     def __post_init__(self):
-        if list(self.step_at) != sorted(self.step_at) or not all(0 <= part <= 1 for part in self.step_at):
-            raise ConfigError(f"optimizer.step_at={show(self.step_at)}: expected rising numbers between 0 and 1")
+        self._check_places("step_at", self.step_at)
+        self._check_places("phases", [phase.until for phase in self.phases])
+        if self.schedule == "phases" and not self.phases:
+            raise ConfigError("optimizer.phases: expected one SHAPE:UNTIL:RATE or more with optimizer.schedule=phases")
+
+    def _check_places(self, name: str, places) -> None:
+        if list(places) != sorted(places) or min(places, default=0) < 0:
+            raise ConfigError(f"optimizer.{name}={show(getattr(self, name))}: expected rising numbers of tokens")
+        if min(places, default=1) <= 1 < max(places, default=1):
+            raise ConfigError(
+                f"optimizer.{name}={show(getattr(self, name))}: expected tokens, or parts of the run's up to 1, "
+                "not both"
+            )
 
 
 @_config
@@ -184,7 +224,9 @@ class DataConfig:
     """Where text comes from and how it becomes rows."""
 
     sources: tuple[str, ...] = Field(
-        ("stdlib",), min_length=1, description="stdlib, or files, folders and globs, each as PATH or PATH:WEIGHT"
+        ("stdlib",),
+        min_length=1,
+        description="stdlib, or files, folders, globs or folders of `dsjax data build`, each as PATH or PATH:WEIGHT",
     )
     text_field: str = Field("text", description="field of .jsonl, .parquet and ArrayRecord records")
     tokenizer: str = Field(
@@ -194,7 +236,14 @@ class DataConfig:
     fim_rate: float = Field(0.0, ge=0, le=1, description="part of the documents turned to prefix-suffix-middle")
     packing: Literal["concat", "best_fit"] = Field("concat", description="cut documents at row ends, or fit whole ones")
     document_mask: bool = Field(True, description="attention stays inside a document")
-    on_error: Literal["raise", "skip"] = Field("raise", description="a bad line or file: stop, or count and go on")
+    on_error: Literal["raise", "skip"] = Field(
+        "raise", description="a bad line, file or shard: stop, or count and go on"
+    )
+    split_rate: float = Field(
+        0.0, ge=0, le=1, description="part of the tokens of punctuation with line breaks that training sees in two"
+    )
+    cache: str | None = Field(None, description="folder for shards fetched from afar; none = ~/.cache/dsjax/shards")
+    cache_gib: float = Field(64.0, gt=0, description="size that the oldest of them give way at")
 
 
 @_config
@@ -293,6 +342,28 @@ class ComputeConfig:
     )
 
 
+@_config
+class FaultsConfig:
+    """What is watched for during a run, and what is done about it."""
+
+    on_spike: Literal["note", "skip", "rollback"] = Field(
+        "note",
+        description="a step whose loss or gradient norm jumps: take it, leave it out, or go back before it and pass "
+        "over its documents",
+    )
+    spike_window: int = Field(64, ge=8, description="steps of the running medians")
+    spike_norm: float = Field(10.0, gt=1, description="gradient norm over its median that is a spike")
+    spike_loss: float = Field(1.5, gt=1, description="loss over its median that is a spike")
+    rollback_steps: int = Field(20, gt=0, description="steps before a spike passed over with its own")
+    max_rollbacks: int = Field(10, gt=0, description="rollbacks after which the run stops")
+    check_every: int | None = Field(
+        None, gt=0, description="steps between checks for silent corruption, a micro-batch on two layouts of devices"
+    )
+    on_corruption: Literal["stop", "note"] = Field("stop", description="if they disagree: end the run, or say so")
+    stall_warn_s: float = Field(30, gt=0, description="seconds without a batch after which the run says so")
+    stall_stop_s: float = Field(1800, gt=0, description="seconds without a batch after which it saves and ends")
+
+
 def more_room(compute: ComputeConfig) -> ComputeConfig:
     """The same with twice the room for rows in the experts' buffers."""
     return replace(compute, expert_buffer=2 * compute.expert_buffer)
@@ -314,6 +385,8 @@ class Config:
     eval_every: int = Field(200, gt=0, description="steps between held-out evaluations")
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="newest checkpoints kept")
+    keep_every: int | None = Field(None, gt=0, description="steps whose checkpoints are kept for good: its multiples")
+    keep_best: int = Field(0, ge=0, description="checkpoints of lowest held-out loss kept")
     max_skipped_steps: int = Field(5, gt=0, description="steps with NaN or Inf in a row after which the run stops")
     model: ModelConfig = Field(default_factory=ModelConfig)
     balance: BalanceConfig = Field(default_factory=BalanceConfig)
@@ -323,6 +396,7 @@ class Config:
     mesh: MeshConfig = Field(default_factory=MeshConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     compute: ComputeConfig = Field(default_factory=ComputeConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
 
     def __post_init__(self):
         if self.batch_size % self.accumulate:
@@ -442,12 +516,23 @@ def load(path: str | os.PathLike) -> Config:
 
 
 def _renamed(values: Any) -> Any:
-    """The values of a run from before compute.precision, which had compute.dtype."""
-    compute = values.get("compute") if isinstance(values, dict) else None
-    if not isinstance(compute, dict) or "precision" in compute or compute.get("dtype") not in tuple(PLAIN):
+    """The values of an older run in today's names: compute.precision was compute.dtype, V3's phases were a schedule."""
+    if not isinstance(values, dict):
         return values
-    rest = {name: value for name, value in compute.items() if name != "dtype"}
-    return values | {"compute": rest | {"precision": PLAIN[compute["dtype"]]}}
+    compute, optimizer = values.get("compute"), values.get("optimizer")
+    if isinstance(compute, dict) and "precision" not in compute and compute.get("dtype") in tuple(PLAIN):
+        rest = {name: value for name, value in compute.items() if name != "dtype"}
+        values = values | {"compute": rest | {"precision": PLAIN[compute["dtype"]]}}
+    if isinstance(optimizer, dict) and optimizer.get("schedule") == "v3":
+        ends = (
+            ("constant", 10, 1),
+            ("cosine", 14.3, 0.1),
+            ("constant", 14.633, 0.1),
+            ("constant", 14.8, 7.3e-6 / 2.2e-4),
+        )
+        phases = [{"shape": shape, "until": until / 14.8, "rate": rate} for shape, until, rate in ends]
+        values = values | {"optimizer": optimizer | {"schedule": "phases", "phases": phases}}
+    return values
 
 
 def field_rows(config, prefix: str = "") -> list[tuple[str, Any, str]]:
@@ -491,7 +576,7 @@ def expected(name: str, kind: type = Config) -> str:
     """What a field takes, in words: `a whole number greater than 0`."""
     *sections, last = name.replace("-", "_").split(".")
     for section in sections:
-        kind = _field_type(kind, section)
+        kind = _section(_field_type(kind, section))
     hint = _field_type(kind, last)
     bounds = []
     for bound in kind.__pydantic_fields__[last].metadata:
@@ -503,7 +588,10 @@ def expected(name: str, kind: type = Config) -> str:
     elif typing.get_origin(hint) is Literal:
         words = "one of " + ", ".join(typing.get_args(hint))
     elif typing.get_origin(hint) is tuple:
+        item = _section(hint)
         words = "numbers" if typing.get_args(hint)[0] is float else "one text or more"
+        if item is not None:
+            words = ":".join(field.name.upper() for field in dataclasses.fields(item))
         words += ", separated by commas"
     else:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[hint]
@@ -517,7 +605,9 @@ def show(value: Any, quote: bool = True) -> str:
         return str(value).lower()
     if isinstance(value, int) and abs(value) >= 2**63:  # Python refuses to print the longest ones
         return f"{'-' * (value < 0)}2**{value.bit_length() - 1} or more"
-    if isinstance(value, tuple | list) and all(isinstance(item, str | int | float) for item in value):
+    if isinstance(value, Phase):
+        return f"{value.shape}:{value.until:.10g}:{value.rate:.6g}"
+    if isinstance(value, tuple | list) and all(isinstance(item, str | int | float | Phase) for item in value):
         return show(",".join(show(item) for item in value))
     try:
         text = value if isinstance(value, str) else repr(value)
@@ -546,13 +636,24 @@ def _field_type(kind, name: str):
     return hint
 
 
+def _section(hint) -> type | None:
+    """The dataclass that a field is, or is several of; None for a plain value."""
+    if typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
+    return hint if dataclasses.is_dataclass(hint) else None
+
+
 def _parse(text: str, kind, name: str) -> Any:
     """A value from the command line; pydantic turns what is left of strings into numbers and booleans."""
     hint = _field_type(kind, name)
     if _optional(kind, name) and text.lower() in ("none", "null"):
         return None
     if typing.get_origin(hint) is tuple:
-        return [part for part in text.split(",") if part]
+        parts, item = [part for part in text.split(",") if part], _section(hint)
+        if item is None:
+            return parts
+        names = [field.name for field in dataclasses.fields(item)]
+        return [dict(zip(names, part.split(":"))) if part.count(":") == len(names) - 1 else part for part in parts]
     if hint is int and len(text) < 100:
         try:
             number = float(text)  # 469e9 is a fine number of tokens
@@ -572,8 +673,10 @@ def _check_plain(values: dict, kind, prefix: str) -> None:
             raise ConfigError(f"{prefix}{key}={show(value)}: expected {expected(key, kind)}")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise ConfigError(f"{prefix}{show(key)}={show(value)}: expected a number below 2**63")
-        if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-            _check_plain(value, hint, f"{prefix}{key}.")
+        inner = _section(hint)
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if inner is not None and isinstance(item, dict):
+                _check_plain(item, inner, f"{prefix}{key}.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -61,8 +61,9 @@ class TrainState:
     opt_state: Any  # optax state
     router_bias: Any  # RouterBias
     ema: Any  # DeepSeek of averaged weights, or None
-    skipped: jax.Array  # [] int32, steps skipped for NaN or Inf
+    skipped: jax.Array  # [] int32, steps skipped for NaN or Inf, or as spikes
     skipped_in_a_row: jax.Array  # [] int32
+    history: jax.Array  # [2, spike_window] losses and gradient norms of the last steps taken, NaN before the first
 
 
 @struct.dataclass
@@ -86,3 +87,6 @@ class Metrics:
     overflow: jax.Array  # [] int32, rows and pairs of this step that did not fit the experts' buffers
     skipped: jax.Array  # [] steps skipped so far
     skipped_in_a_row: jax.Array  # []
+    spike: jax.Array  # [] bool, loss or gradient norm far above their medians
+    medians: jax.Array  # [2] of the loss and the gradient norm, before this step
+    leaf_norms: jax.Array  # [leaves] gradient norm of every weight, before clipping

@@ -10,6 +10,7 @@ from dsjax.model.transformer import DeepSeek, init_router_bias
 from dsjax.precision import weight_name
 from dsjax.state import Batch, RouterBias, TrainState
 from dsjax.train.optimizer import make_optimizer
+from dsjax.train.spikes import new_history
 from dsjax.train.step import init_state
 from sharding.rules import spec
 
@@ -139,7 +140,8 @@ def state(config: Config, seed: int = 0) -> TrainState:
     model, bias = draw(config.model, seed)
     zero = np.zeros((), np.int32)
     ema = None if config.optimizer.ema_decay is None else model
-    state = TrainState(zero, model, make_optimizer(config.optimizer).init(model), bias, ema, zero, zero)
+    opt_state = make_optimizer(config.optimizer).init(model)
+    state = TrainState(zero, model, opt_state, bias, ema, zero, zero, new_history(config.faults))
     abstract = jax.eval_shape(lambda: init_state(config))
     return jax.tree.map(lambda a, like: jax.device_put(a, getattr(like.sharding, "spec", spec())), state, abstract)
 

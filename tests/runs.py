@@ -13,23 +13,28 @@ import models
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from dsjax.config import Config, DataConfig, OptimizerConfig, replace, save
+from dsjax.config import Config, DataConfig, FaultsConfig, OptimizerConfig, replace, save
 from dsjax.train.checkpoint import Checkpoints, abstract_state
-from dsjax.train.metrics import read_rows
+from dsjax.train.lines import read_lines
 from sharding.mesh import make_mesh
 
 WORDS = ["def", "return", "self", "naïve", "日本", "x =", "(1234)", "\n    ", "import", "for i in range(10):\n    "]
-CLOCKS = ("time", "tokens_per_s")  # what differs between two runs of the same numbers
+CLOCKS = ("time", "tokens_per_s", "input_s")  # what differs between two runs of the same numbers
 MAIN = [sys.executable, "-c", "from dsjax.cli import main; main()"]
 
 
 LOOP_ONLY = dict(steps=1, log_every=1, eval_every=1, checkpoint_every=1, keep_checkpoints=1, max_skipped_steps=1)
-SCHEDULE_ONLY = dict(peak_lr=1, warmup_steps=0, schedule="constant")
+LOOP_ONLY |= dict(keep_every=None, keep_best=0)
+SCHEDULE_ONLY = dict(peak_lr=1, warmup_steps=0, schedule="constant", phases=())
 
 
 def essence(config: Config) -> Config:
     """What the compiled programs of a run depend on."""
-    return replace(config, **LOOP_ONLY, optimizer=replace(config.optimizer, **SCHEDULE_ONLY))
+    spikes = {name: getattr(config.faults, name) for name in ("spike_window", "spike_norm", "spike_loss")}
+    faults = FaultsConfig(on_spike="note" if config.faults.on_spike == "note" else "skip", **spikes)
+    host = dict(ema_decay=None, ema_on="device") if config.optimizer.ema_on == "host" else {}  # no matter of the step's
+    optimizer = replace(config.optimizer, **SCHEDULE_ONLY, **host)
+    return replace(config, **LOOP_ONLY, optimizer=optimizer, faults=faults)
 
 
 @functools.cache
@@ -39,7 +44,8 @@ def _like(config: Config, mesh):
 
 def like(config: Config, mesh):
     """The abstract state of a run, traced once."""
-    return _like(essence(config), mesh)
+    state = _like(essence(config), mesh)
+    return state if config.optimizer.ema_decay is None else state.replace(ema=state.model)
 
 
 def write_texts(folder: Path, n: int = 40, seed: int = 0) -> Path:
@@ -73,7 +79,7 @@ def rows(run_folder: Path) -> list[dict]:
     """Rows of metrics but for what a clock says."""
     return [
         {name: v for name, v in row.items() if name not in CLOCKS}
-        for row in read_rows(run_folder / "metrics.jsonl")
+        for row in read_lines(run_folder / "metrics.jsonl")
         if row["kind"] != "run"
     ]
 

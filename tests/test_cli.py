@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 import configs
-from dsjax.cli import _note, cli, human
+from dsjax.cli import cli
+from dsjax.cli.output import note
 from dsjax.config import ConfigError, field_rows, from_dict, save
+from dsjax.plan.count import human
 
 
 def run(*args: str, input: str | bytes | None = None, columns: int = 80):
@@ -45,8 +48,8 @@ def calls(monkeypatch):
         calls.append((str(run_folder), prompt, options))
         yield from ["1 + ", "1 = ", "2"]
 
-    def train(config, run_folder, *, quiet, explicit, sampler):
-        calls.append((config, str(run_folder), quiet, explicit))
+    def train(config, run_folder, *, quiet, explicit, source, sampler, profile, began):
+        calls.append((config, str(run_folder), quiet, explicit, *([] if source is None else [str(source)])))
 
     def evaluate(run_folder, overrides, *, step):
         calls.append((str(run_folder), overrides, step))
@@ -54,7 +57,9 @@ def calls(monkeypatch):
 
     import dsjax.infer
     import dsjax.train
+    from dsjax.train import programs
 
+    monkeypatch.setattr(programs, "keep_programs", lambda: None)
     for package, name, functions in [
         (dsjax.train, "loop", {"train": train, "evaluate": evaluate}),
         (dsjax.infer, "generate", {"stream": stream, "continue_text": stream}),
@@ -66,7 +71,9 @@ def calls(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["presets"], ["config"], ["eval"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["generate"], ["presets"], ["config"], ["eval"], ["report"], ["needle"]]
+)
 def test_help_fits_80_columns_and_shows_an_example(command):
     result = run(*command, "--help")
     assert result.exit_code == 0
@@ -111,6 +118,26 @@ def test_config_prints_every_field(columns):
     assert "  peak_lr                     0.00022     highest learning rate" in output
 
 
+def test_config_draws_its_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for args, name in (
+        (["tiny", "--plot"], "recipe_tiny.png"),
+        (["--plot", "mine.png", "tiny"], "mine.png"),
+        (["--plot", "--steps=5", "tiny"], "recipe_tiny.png"),
+        (["moonlight", "--plot=m.png"], "m.png"),
+    ):
+        assert run("config", *args).output == f"{name}\n"
+        assert Path(name).read_bytes().startswith(b"\x89PNG")
+        Path(name).unlink()
+    message = "--plot=x.jpg: expected a file that ends with .png, or nothing for recipe_NAME.png"
+    assert refused("config", "tiny", "--plot=x.jpg") == message
+
+
+def test_config_shows_phases_whole():
+    output = " ".join(run("config", "v3", columns=100).output.split())
+    assert "phases 4 items constant:1e+13:1,cosine:1.43e+13:0.1" in output
+
+
 def test_config_as_json_reads_back():
     output = run("config", "v3", "--json", "--optimizer.peak-lr=1e-3", "--compute.scan-layers", "false").output
     config = from_dict(json.loads(output))
@@ -142,11 +169,29 @@ def test_train_takes_a_folder_a_file_and_a_place_for_the_run(calls, run_folder):
     ]
 
 
+def test_a_phase_goes_on_from_the_run_before_it(calls, run_folder):
+    for name in ("v3", "v3-32k"):
+        os.makedirs(f"runs/{name}")
+        save(configs.load("tiny"), f"runs/{name}/config.json")
+    run("train", "v3", "--phase", "pretrain")
+    run("train", "v3", "--phase=32k", "--mesh.context=8")
+    run("train", "v3", "--phase=128k", "--from", "runs/tiny", "--run=long")
+    os.makedirs("runs/v3-128k/checkpoints")
+    run("train", "v3", "--phase=128k")
+    assert [(call[0].name, call[0].seq_len, call[1], *call[4:]) for call in calls] == [
+        ("v3", 4096, "runs/v3"),
+        ("v3-32k", 32768, "runs/v3-32k", "runs/v3"),
+        ("v3-128k", 131072, "long", "runs/tiny"),
+        ("v3-128k", 131072, "runs/v3-128k"),
+    ]
+    assert json.loads(run("config", "v3", "--phase=32k", "--json").output)["batch_size"] == 1920
+
+
 def test_generate_streams_the_text_and_nothing_else(calls, run_folder):
     result = run("generate", run_folder, "--prompt", "-- 1+1", "--temperature=0", "--checkpoint", "40")
     assert (result.stdout, result.stderr, result.exit_code) == ("1 + 1 = 2", "", 0)
     options = {"temperature": 0, "top_p": 0.95, "max_tokens": 200, "seed": 0, "step": 40, "chat": False, "system": None}
-    assert calls == [("runs/tiny", "-- 1+1", options | {"say": _note})]
+    assert calls == [("runs/tiny", "-- 1+1", options | {"say": note})]
 
 
 @pytest.mark.parametrize("args", [(), ("--prompt", "-"), ("--prompt=-",)])
@@ -203,6 +248,18 @@ def test_eval_prints_a_table_or_json(calls, run_folder):
         ("generate runs/tiny --top-p 0", "--top-p=0: expected a number greater than 0 and at most 1"),
         ("generate runs/tiny --max-tokens=1.5", "--max-tokens=1.5: expected a whole number greater than 0"),
         ("generate runs/tiny --seed -1", "--seed=-1: expected a whole number at least 0"),
+        ("train v3 --phase=64k", "--phase=64k: no phase of v3; it has pretrain, 32k, 128k"),
+        ("train v3 --phase=32k", "--phase=32k: goes on from runs/v3, and there is no run; --from=RUN names another"),
+        ("train tiny --phase=32k", "--phase: no phases of tiny were published; v2 and v3 have them"),
+        ("train runs/tiny --phase=32k", "--phase=32k: expected a preset before it, and runs/tiny is none"),
+        ("train tiny --from runs/tiny", "--from=runs/tiny: expected --run=PATH with it, the folder of the new run"),
+        ("train tiny --from runs/tinny --run x", "runs/tinny: no such run folder; the nearest is runs/tiny"),
+        ("config moonlight --phase=32k", "--phase: no phases of moonlight were published"),
+        ("needle runs/tinny", "runs/tinny: no such run folder; the nearest is runs/tiny"),
+        ("needle runs/tiny --lengths 64,x", "--lengths=64,x: expected whole numbers greater than 1"),
+        ("needle runs/tiny --depths 0,2", "--depths=0,2: expected numbers from 0 to 1, separated by commas"),
+        ("needle runs/tiny --trials 0", "--trials=0: expected a whole number greater than 0"),
+        ("needle runs/tiny --text none.txt", "none.txt: No such file or directory"),
         ("eval runs", "runs: expected a run folder, and this folder has no config.json"),
         ("eval runs/tiny --data.source=x", "--data.source=x: no such option; the nearest is --data.sources"),
         ("presets x", "got unexpected extra argument (x); see `dsjax presets --help`"),

@@ -88,7 +88,11 @@ def test_an_override_of_an_absent_section_makes_it():
         ("optimizer.peak_lr", "nan", "optimizer.peak_lr=nan: expected a number greater than 0"),
         ("optimizer.ema_decay", "2", "optimizer.ema_decay=2: expected a number at least 0 and less than 1, or none"),
         ("optimizer.step_at", "0.5,a", "optimizer.step_at=a: expected numbers, separated by commas"),
-        ("optimizer.step_at", "0.5,2", "optimizer.step_at=0.5,2.0: expected rising numbers between 0 and 1"),
+        (
+            "optimizer.step_at",
+            "0.5,2",
+            "optimizer.step_at=0.5,2.0: expected tokens, or parts of the run's up to 1, not both",
+        ),
         ("data.sources", "", "data.sources='': expected one text or more, separated by commas"),
         ("compute.remat", "ful", "compute.remat=ful: expected one of none, full, deepseek"),
         ("compute.scan_layers", "maybe", "compute.scan_layers=maybe: expected true or false"),

@@ -94,9 +94,8 @@ def difference(gradients, wanted):
     return np.sqrt(error / sum(np.sum(a**2) for a in wanted.values()))
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"expert": 2, "tensor": 2}, *(pytest.param(s, marks=pytest.mark.slow) for s in SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"expert": 2, "tensor": 2}, *SLOW])
 def test_with_operands_that_are_not_rounded_the_step_is_that_of_float32(sizes, monkeypatch):
     """All that FP8 goes through, but for the rounding to E4M3: tiles, what is kept, experts' rows aligned, meshes."""
     monkeypatch.setattr(quantise, "E4M3", jnp.float32)

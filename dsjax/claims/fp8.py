@@ -15,7 +15,7 @@ import numpy as np
 
 from dsjax.config import Config, ConfigError, override, replace
 from dsjax.train import loop
-from dsjax.train.metrics import read_rows
+from dsjax.train.lines import read_lines
 
 BOUND = 0.0025  # of the relative difference, arXiv:2412.19437, section 3.3
 LAST = 0.1  # part of the steps that is compared
@@ -122,7 +122,7 @@ def _trained(config: Config, run: Path, say) -> np.ndarray:
 
 def _losses(run: Path) -> dict[int, float | None]:
     """By step, as far as the run has come."""
-    return {row["step"]: row["loss"] for row in read_rows(run / "metrics.jsonl") if row["kind"] == "train"}
+    return {row["step"]: row["loss"] for row in read_lines(run / "metrics.jsonl") if row["kind"] == "train"}
 
 
 def _compared(n_steps: int) -> int:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data.documents import TokenizedDocuments, uniforms
 from dsjax.data.sources import Document, read_documents
+from dsjax.data.split import split_table, split_tokens
 from dsjax.data.tokenizer import Tokenizer, bytes_tokenizer, check_vocabulary, train_bpe
 
 BPE_BYTES = 1 << 28  # a larger corpus trains its tokenizer on documents drawn to about this size
@@ -38,6 +39,7 @@ class Corpus:
     heldout: TokenizedDocuments
     heldout_text: bytes
     facts: dict
+    stored: tuple = ()  # of folders of shards: `train` is empty then, and the held-out text is not kept
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ def load_corpus(
     """The corpus of the run in `folder`: made at the first call, read back at later ones, the same each time.
 
     Training and held-out documents depend on the text alone; `seed` only draws what a tokenizer is trained on where
-    the corpus is larger than BPE_BYTES. Raises ConfigError for input that cannot be read, for a vocabulary that does
-    not fit, where `folder` holds the tokenizer of another corpus and, without `make`, where it does not hold this one.
+    the corpus is larger than BPE_BYTES, and which tokens data.split_rate splits. Raises ConfigError for input that
+    cannot be read, for a vocabulary that does not fit, where `folder` holds the tokenizer of another corpus and,
+    without `make`, where it does not hold this one.
     """
     folder = Path(folder)
     if config.tokenizer in ("bpe", "bytes"):
@@ -72,7 +75,9 @@ def load_corpus(
             leftover.unlink(missing_ok=True)
     tokenizer = _tokenizer(config, vocab_size, folder, survey, seed, progress) if make else Tokenizer.load(folder)
     check_vocabulary(config.tokenizer, vocab_size, tokenizer, config.fim_rate)
-    fingerprint = _digest(f"{_fingerprint(survey)} {survey.weights.tolist()} {tokenizer.dumps()}".encode())
+    made_of = f"{_fingerprint(survey)} {survey.weights.tolist()} {tokenizer.dumps()}"
+    made_of += f" split {config.split_rate} {seed}" if config.split_rate else ""
+    fingerprint = digest(made_of.encode())
     facts = _read_facts(folder / "data", fingerprint)
     if facts is None and not make:
         raise ConfigError(
@@ -80,7 +85,7 @@ def load_corpus(
             f"Python ({platform.python_version()} here) and run folder for all processes"
         )
     if facts is None:
-        facts = _encode(config, folder / "data", survey, tokenizer, fingerprint, progress)
+        facts = _encode(config, folder / "data", survey, tokenizer, fingerprint, seed, progress)
     train, heldout = (
         TokenizedDocuments(
             np.memmap(folder / "data" / f"{part}.tokens", np.int32, "r"),
@@ -114,7 +119,7 @@ def survey_sources(config: DataConfig) -> Survey:
         sha.update(data + b"\0")
         n_bytes.append(len(data))
         weights.append(document.weight)
-        scores.append(int.from_bytes(hashlib.sha256(document.key.encode()).digest()[:8], "big") / 2**64)
+        scores.append(heldout_score(document.key))
     if not scores:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "nothing there"
         raise ConfigError(f"data.sources={','.join(config.sources)}: no text in them ({reasons})")
@@ -135,6 +140,11 @@ def survey_sources(config: DataConfig) -> Survey:
     return Survey(sha.hexdigest(), np.array(n_bytes), np.array(weights), heldout, cut, dict(skipped))
 
 
+def heldout_score(key: str) -> float:
+    """In [0, 1): a document is held out where this is below heldout_fraction."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+
+
 def _cut(config: DataConfig, text: str) -> int:
     """Where a corpus of one document ends its training part: a line break, or else a space."""
     at = int(len(text) * (1 - config.heldout_fraction))
@@ -148,7 +158,7 @@ def _cut(config: DataConfig, text: str) -> int:
     )
 
 
-def _documents(config: DataConfig, survey: Survey) -> Iterator[Document]:
+def surveyed_documents(config: DataConfig, survey: Survey) -> Iterator[Document]:
     """The documents that the survey counted."""
     for document in read_documents(config, Counter()):
         if survey.cut is None:
@@ -168,8 +178,8 @@ def _tokenizer(
     wanted = {"tokenizer": config.tokenizer}
     if config.tokenizer == "bpe":
         wanted |= {"vocab_size": vocab_size, "text": _fingerprint(survey)}
-    made = _read_json(note)
-    if path.is_file() and made.get("sha256") == _digest(path.read_bytes()):
+    made = read_json(note)
+    if path.is_file() and made.get("sha256") == digest(path.read_bytes()):
         if made.get("from") == wanted:
             return Tokenizer.load(path)
         raise ConfigError(
@@ -180,7 +190,7 @@ def _tokenizer(
     if config.tokenizer == "bpe":
         rate = BPE_BYTES / survey.n_bytes[~survey.heldout].sum()
         chosen = ~survey.heldout & ((uniforms(len(survey.heldout), seed) < rate) | (rate >= 1))
-        documents = zip(_documents(config, survey), chosen)
+        documents = zip(surveyed_documents(config, survey), chosen)
         tokenizer = train_bpe((d.text for d, wanted in documents if wanted), vocab_size, progress=progress)
     elif config.tokenizer == "bytes":
         tokenizer = bytes_tokenizer()
@@ -188,17 +198,23 @@ def _tokenizer(
         tokenizer = Tokenizer.load(Path(config.tokenizer))
     data = tokenizer.dumps().encode()
     for name, text in tokenizer.beside().items():
-        with _replacing(folder / name) as file:
+        with replacing(folder / name) as file:
             file.write(text.encode())
-    with _replacing(path) as file:
+    with replacing(path) as file:
         file.write(data)
-    with _replacing(note) as file:
-        file.write(json.dumps({"from": wanted, "sha256": _digest(data)}).encode())
+    with replacing(note) as file:
+        file.write(json.dumps({"from": wanted, "sha256": digest(data)}).encode())
     return tokenizer
 
 
 def _encode(
-    config: DataConfig, folder: Path, survey: Survey, tokenizer: Tokenizer, fingerprint: str, progress: bool
+    config: DataConfig,
+    folder: Path,
+    survey: Survey,
+    tokenizer: Tokenizer,
+    fingerprint: str,
+    seed: int,
+    progress: bool,
 ) -> dict:
     """Writes the token ids and the held-out text; returns the facts, which it writes last."""
     bar = tqdm(total=int(survey.n_bytes.sum()), desc="Encode", unit="B", unit_scale=True, disable=not progress)
@@ -206,21 +222,25 @@ def _encode(
     for part in ("train", "heldout"):
         n_bytes, lengths = 0, []
         chosen = survey.heldout == (part == "heldout")
-        texts = (d.text for d, wanted in zip(_documents(config, survey), chosen) if wanted)
-        with _replacing(folder / f"{part}.tokens") as file:
-            for batch in _batches(texts, ENCODE_BYTES):
-                for ids in tokenizer.encode_batch(batch):
-                    file.write(np.array(ids, np.int32).tobytes())
+        rate = config.split_rate if part == "train" else 0.0
+        table = split_table(tokenizer) if rate else None
+        documents = (d for d, wanted in zip(surveyed_documents(config, survey), chosen) if wanted)
+        with replacing(folder / f"{part}.tokens") as file:
+            for batch in batched(documents, ENCODE_BYTES):
+                for document, ids in zip(batch, tokenizer.encode_batch([d.text for d in batch])):
+                    ids = np.array(ids, np.int32)
+                    ids = split_tokens(ids, table, rate, seed, document.key) if rate else ids
+                    file.write(ids.tobytes())
                     lengths.append(len(ids))
-                data = "".join(batch).encode()
+                data = "".join(d.text for d in batch).encode()
                 n_bytes += len(data)
                 heldout_text += data if part == "heldout" else b""
                 bar.update(len(data))
-        with _replacing(folder / f"{part}.lengths.npy") as file:
+        with replacing(folder / f"{part}.lengths.npy") as file:
             np.save(file, np.array(lengths, np.int64))
         parts[part] = {"documents": len(lengths), "bytes": n_bytes, "tokens": int(sum(lengths))}
     bar.close()
-    with _replacing(folder / "heldout.txt") as file:
+    with replacing(folder / "heldout.txt") as file:
         file.write(heldout_text)
     n_tokens = parts["train"]["tokens"] + parts["heldout"]["tokens"]
     facts = {
@@ -236,25 +256,25 @@ def _encode(
     }
     names = ("train.tokens", "train.lengths.npy", "heldout.tokens", "heldout.lengths.npy", "heldout.txt")
     digests = {name: _file_digest(folder / name) for name in names}
-    with _replacing(folder / "facts.json") as file:
+    with replacing(folder / "facts.json") as file:
         file.write(json.dumps({"fingerprint": fingerprint, "files": digests, "facts": facts}, indent=1).encode())
     return facts
 
 
 def _read_facts(folder: Path, fingerprint: str) -> dict | None:
     """The facts of a whole cache of this corpus, else None."""
-    kept = _read_json(folder / "facts.json")
+    kept = read_json(folder / "facts.json")
     if kept.get("fingerprint") != fingerprint or not isinstance(kept.get("facts"), dict):
         return None
-    whole = all(_file_digest(folder / name) == digest for name, digest in kept["files"].items())
+    whole = all(_file_digest(folder / name) == sha256 for name, sha256 in kept["files"].items())
     return kept["facts"] if whole else None
 
 
-def _batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+def batched(documents: Iterator[Document], size: int) -> Iterator[list[Document]]:
     batch, total = [], 0
-    for text in texts:
-        batch.append(text)
-        total += len(text)
+    for document in documents:
+        batch.append(document)
+        total += len(document.text)
         if total >= size:
             yield batch
             batch, total = [], 0
@@ -264,10 +284,10 @@ def _batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
 
 def _fingerprint(survey: Survey) -> str:
     """What decides which text is trained on."""
-    return _digest(f"{survey.sha256} {survey.cut} ".encode() + np.packbits(survey.heldout).tobytes())
+    return digest(f"{survey.sha256} {survey.cut} ".encode() + np.packbits(survey.heldout).tobytes())
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -279,7 +299,7 @@ def _file_digest(path: Path) -> str | None:
         return None
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     """A JSON object from a file; empty where the file is missing or damaged."""
     try:
         value = json.loads(path.read_bytes())
@@ -289,7 +309,7 @@ def _read_json(path: Path) -> dict:
 
 
 @contextmanager
-def _replacing(path: Path):
+def replacing(path: Path):
     """A binary file to write that takes its name when it is whole."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(draft, "wb") as file:

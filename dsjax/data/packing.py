@@ -80,6 +80,73 @@ def best_fit(lengths: np.ndarray, seq_len: int) -> Plan:
 PACKERS = {"concat": concat, "best_fit": best_fit}
 
 
+def concat_into(lengths: np.ndarray, seq_len: int, n_rows: int) -> Plan:
+    """concat's stream in n_rows rows, at least as many as concat makes: all of them are nearly as full."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begins, last_token = ends - lengths, int(ends[-1]) - 1
+    row_begins = last_token * np.arange(n_rows, dtype=np.int64) // n_rows
+    row_ends = last_token * np.arange(1, n_rows + 1, dtype=np.int64) // n_rows + 1  # they overlap by one
+    first = np.maximum(np.searchsorted(row_ends, begins, "right"), 0)
+    last = np.maximum(np.searchsorted(row_begins, ends - 1, "right") - 1, first)
+    document, row = _ranges(first, last - first + 1)
+    start = np.maximum(begins[document], row_begins[row])
+    stop = np.minimum(ends[document], row_ends[row])
+    order = np.argsort(row, kind="stable")
+    return Plan(row[order], document[order], (start - begins[document])[order], (stop - start)[order], n_rows)
+
+
+def best_fit_into(lengths: np.ndarray, seq_len: int, n_rows: int) -> Plan:
+    """best_fit's rows, made n_rows, at least as many as concat makes.
+
+    Where it needs more, the emptiest of them are dissolved: their pieces fill the room of the others, and a row's end
+    cuts one; each row loses at most one token that way, so all fit. Where it needs fewer, rows are parted.
+    """
+    plan = best_fit(lengths, seq_len)
+    used = np.bincount(plan.row, plan.length, plan.n_rows).astype(np.int64)
+    keep = np.ones(plan.n_rows, bool)
+    keep[np.argsort(used, kind="stable")[: max(plan.n_rows - n_rows, 0)]] = False
+    number = np.cumsum(keep) - 1
+    stays = keep[plan.row]
+    pieces = [(number[plan.row[stays]]), plan.document[stays], plan.start[stays], plan.length[stays]]
+    rows: list[list[tuple[int, int, int]]] = [[] for _ in range(n_rows)]
+    for row, *piece in zip(*(a.tolist() for a in pieces)):
+        rows[row].append(tuple(piece))
+    room = dict(enumerate((seq_len - used[keep]).tolist()))
+    widest = sorted((r for r in room if room[r] > 1), key=room.get)  # the widest last
+    for document, start, length in zip(*(a[~stays].tolist() for a in (plan.document, plan.start, plan.length))):
+        while True:
+            row = widest.pop()
+            taken = min(length, room[row])
+            rows[row].append((document, start, taken))
+            room[row] -= taken
+            if taken == length:
+                if room[row] > 1:
+                    widest.append(row)
+                break
+            start, length = start + taken - 1, length - taken + 1
+    for empty in range(min(plan.n_rows, n_rows), n_rows):
+        _part(rows, empty)
+    row = np.repeat(np.arange(n_rows), [len(r) for r in rows])
+    document, start, length = np.array([piece for r in rows for piece in r], np.int64).reshape(-1, 3).T
+    return Plan(row, document, start, length, n_rows)
+
+
+def _part(rows: list[list[tuple[int, int, int]]], empty: int) -> None:
+    """Moves half of the row with the most pieces to an empty one, or half of the longest piece."""
+    fullest = max(range(len(rows)), key=lambda r: len(rows[r]))
+    if (n := len(rows[fullest])) > 1:
+        rows[fullest], rows[empty] = rows[fullest][: n // 2], rows[fullest][n // 2 :]
+        return
+    longest = max((r for r in range(len(rows)) if rows[r]), key=lambda r: rows[r][0][2])
+    document, start, length = rows[longest][0]
+    if (half := (length + 1) // 2) > 1:
+        rows[longest] = [(document, start, half)]
+        rows[empty] = [(document, start + half - 1, length - half + 1)]
+
+
+FITTERS = {"concat": concat_into, "best_fit": best_fit_into}
+
+
 def render(pieces: list[np.ndarray], seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
     """A row from its pieces of tokens: tokens, segment_ids 1, 2, ... (0 = padding), positions from 0 in each piece."""
     row = {name: np.zeros(seq_len, np.int32) for name in ("tokens", "segment_ids", "positions")}

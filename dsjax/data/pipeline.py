@@ -9,18 +9,41 @@ for step, arrays in batches(rows, lambda step: (16 * step, 16 * step + 16), 0, 1
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import grain
 import numpy as np
 
 from dsjax.config import ConfigError, DataConfig
-from dsjax.data.corpus import Corpus, load_corpus
+from dsjax.data import corpus as texts
+from dsjax.data.corpus import Corpus
 from dsjax.data.documents import N_SPECIALS, Epoch, draw_epoch, slice_document, uniforms
 from dsjax.data.packing import PACKERS, Plan, concat, render
+from dsjax.data.stored import load_stored
+from dsjax.data.windows import ShardRows
 
-__all__ = ["Corpus", "TrainRows", "batches", "heldout_rows", "load_corpus"]
+__all__ = ["Corpus", "TrainRows", "batches", "heldout_rows", "load_corpus", "train_rows"]
 
 KEPT_EPOCHS = 2  # reading threads run ahead into the next one
+
+
+def load_corpus(
+    config: DataConfig, vocab_size: int, folder: Path, *, seed: int = 0, progress: bool = True, make: bool = True
+) -> Corpus:
+    """The corpus of the run in `folder`: of shards as it is, of text as dsjax.data.corpus keeps it there."""
+    stored = load_stored(config, vocab_size, folder, make=make)
+    if stored is not None:
+        return stored
+    return texts.load_corpus(config, vocab_size, folder, seed=seed, progress=progress, make=make)
+
+
+def train_rows(
+    corpus: Corpus, config: DataConfig, seq_len: int, seed: int, say: Callable[[str], None] | None = None
+) -> "TrainRows | ShardRows":
+    """The rows of training; `say` gets a line for what data.on_error=skip leaves out on the way."""
+    if corpus.stored:
+        return ShardRows(list(corpus.stored), corpus.tokenizer, config, seq_len, seed, say)
+    return TrainRows(corpus, config, seq_len, seed)
 
 
 class TrainRows:
@@ -44,12 +67,21 @@ class TrainRows:
             pieces.append(slice_document(tokens, epoch.cuts[index], self.tokenizer, start, length))
         return render(pieces, self.seq_len, self.tokenizer.pad_id)
 
+    def reading(self) -> str:
+        """What the reading threads wait for, as ShardRows says it: of tokens in the run folder, nothing."""
+        return ""
+
     def epoch(self, row: int) -> int:
         """The number of the pass over the documents that a row belongs to."""
         with self.lock:
             while row >= self.first_rows[-1]:
                 self._plan(len(self.first_rows) - 1)
             return bisect_right(self.first_rows, row) - 1
+
+    def documents_of(self, row: int) -> list[int]:
+        """The training documents of which a row holds a piece, by their numbers in the corpus."""
+        (epoch, plan, order), row = self._find(row)
+        return [int(epoch.document[index]) for index, _, _ in plan.pieces(order[row])]
 
     def _find(self, row: int):
         number = self.epoch(row)
@@ -72,7 +104,7 @@ class TrainRows:
 
 
 def batches(
-    rows: TrainRows,
+    rows: TrainRows | ShardRows,
     ranges: Callable[[int], tuple[int, int]],
     first_step: int,
     last_step: int,

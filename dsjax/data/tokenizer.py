@@ -168,7 +168,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, *, progress: bool = False) 
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=_byte_letters(), show_progress=progress
+        vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=byte_letters(), show_progress=progress
     )
     backend.train_from_iterator(texts, trainer)
     return Tokenizer(backend)
@@ -185,7 +185,7 @@ def check_vocabulary(kind: str, vocab_size: int, tokenizer: Tokenizer | None = N
         )
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The letter that stands for each byte in a byte-level vocabulary: its own, or the next one from U+0100 on."""
     own = {ord(letter) for letter in pre_tokenizers.ByteLevel.alphabet()} & set(range(256))
     others = [byte for byte in range(256) if byte not in own]
@@ -193,7 +193,7 @@ def _byte_letters() -> list[str]:
 
 
 def _bytes_vocabulary() -> dict[str, int]:
-    return {token: id for id, token in enumerate((*SPECIALS, *_byte_letters()))}
+    return {token: id for id, token in enumerate((*SPECIALS, *byte_letters()))}
 
 
 def _eos_ids(folder: Path) -> list[int]:

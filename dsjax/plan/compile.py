@@ -227,8 +227,9 @@ def abstract_arguments(config: Config, mesh):
     import jax.numpy as jnp
 
     from dsjax.state import Batch
-    from dsjax.train.checkpoint import abstract_state
+    from dsjax.train.checkpoint import abstract
     from dsjax.train.schedule import Knobs
+    from dsjax.train.step import init_state
     from sharding.rules import spec
 
     shape = config.accumulate, config.batch_size // config.accumulate, config.seq_len
@@ -239,7 +240,7 @@ def abstract_arguments(config: Config, mesh):
                                          sharding=everywhere)
         for field in dataclasses.fields(Knobs)
     }  # fmt: skip
-    return abstract_state(config, mesh), Batch(rows, rows, rows), knobs
+    return abstract(lambda: init_state(config), mesh), Batch(rows, rows, rows), knobs
 
 
 def saved_bytes(config: Config, state, batch, knobs) -> int:

@@ -18,7 +18,9 @@ NETWORK_REACHED = 0.8
 HBM_REACHED = 0.8
 NETWORK_EXPOSED = 0.3  # part of the network's time that nothing is done under
 
-WEIGHT, MOMENTS, GRADIENT = 4, 8, 4  # bytes a parameter: float32 weights, two float32 moments, float32 gradients
+WEIGHT, GRADIENT = 4, 4  # bytes a parameter: float32 weights and gradients
+
+MOMENT = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ def estimate(config: Config, sizes: dict[str, int]) -> Estimate:
     tokens = config.batch_size * config.seq_len / math.prod(sizes.values()) * sizes["tensor"]  # a device, a step
     micro = tokens / config.accumulate
     weights, experts = _device_weights(m, sizes)
+    averaged = config.optimizer.ema_decay is not None and config.optimizer.ema_on == "device"
     n_layers = m.num_hidden_layers + m.num_nextn_predict_layers
     layer = _layer_weights(m, sizes)  # one MoE layer, gathered
     rows = micro * m.num_experts_per_tok
@@ -67,8 +70,8 @@ def estimate(config: Config, sizes: dict[str, int]) -> Estimate:
     logits = 3 * (1 << 24) + 4 * m.hidden_size * m.vocab_size / sizes["tensor"] + 2 * width * m.hidden_size * micro
     # Of the experts' three matrices and their gradients, four are whole at a time: so in the compiled 671B step.
     memory = {
-        "parameters": (WEIGHT + (WEIGHT if config.optimizer.ema_decay is not None else 0)) * (weights + experts),
-        "optimizer": MOMENTS * (weights + experts),
+        "parameters": (2 if averaged else 1) * WEIGHT * (weights + experts),
+        "optimizer": _moments(config, sizes) * MOMENT[config.optimizer.moments_dtype],
         "gradients": GRADIENT * (weights + experts) * (2 if config.accumulate > 1 else 1),
         "activations": width * micro * n_layers * _kept(m, c.remat, sizes),
         "temporary": width * (4 / 3 * layer + 2 * (expert_share + attention)) + logits,
@@ -121,6 +124,14 @@ def _device_weights(m: ModelConfig, sizes: dict[str, int]) -> tuple[float, float
     rest = whole.total + whole.mtp - routed
     shards = sizes["fsdp"] * sizes["tensor"] * sizes["expert"]
     return rest / shards, routed / shards
+
+
+def _moments(config: Config, sizes: dict[str, int]) -> float:
+    """Numbers that the optimizer keeps on a device: AdamW two a parameter; Muon one, but for embedding and head."""
+    m, all_weights = config.model, sum(_device_weights(config.model, sizes))
+    if config.optimizer.name == "adamw":
+        return 2 * all_weights
+    return all_weights + 2 * m.vocab_size * m.hidden_size / (sizes["fsdp"] * sizes["tensor"] * sizes["expert"])
 
 
 def _layer_weights(m: ModelConfig, sizes: dict[str, int]) -> float:

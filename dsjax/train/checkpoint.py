@@ -1,26 +1,33 @@
 """Checkpoints: flat dictionaries of arrays under our own names, written by Orbax in the background, all or nothing.
 
 A checkpoint has three items: `model` (weights, their average, router bias), which inference reads alone, `rest`
-(optimizer state and counters), and `notes` (metrics since the last row of them). The data position is the step.
+(optimizer state and counters), and `notes` (metrics since the last row of them, and the sum of every leaf, to which
+what is read back is held). The data position is the step.
 """
 
 import contextlib
 import logging
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import P
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from dsjax.config import Config, ConfigError
 from dsjax.precision import weight_name
 from dsjax.state import TrainState
-from dsjax.train.leaves import chunking
+from dsjax.train import processes
+from dsjax.train.leaves import LeafFolder, chunking
 from dsjax.train.step import init_state
+from dsjax.train.verify import Samples, check_samples, differing, leaf_sums, take_samples
 
+T = TypeVar("T")
 _MODEL = ("model", "ema", "router_bias")
 for name in ("absl", "asyncio"):  # Orbax tells of every step it takes; what fails, it raises as well
     logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -28,19 +35,41 @@ _DISK = ("No space left on device", "Disk quota exceeded", "Read-only file syste
 
 
 class Checkpoints:
-    """The checkpoints of a run folder. A context manager: leaving waits for what is being written."""
+    """The checkpoints of a run folder. A context manager: leaving waits for what is being written.
 
-    def __init__(self, run_folder: Path, keep: int | None = None, read_only: bool = False):
+    The newest `keep` are kept (all for None), those of multiples of `keep_every`, and the `keep_best` of lowest score.
+    What goes wrong with one of them is told to `tell(step, text)`, a line each.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        keep: int | None = None,
+        *,
+        keep_every: int | None = None,
+        keep_best: int = 0,
+        read_only: bool = False,
+        tell: Callable[[int, str], None] | None = None,
+    ):
         self.folder = _folder(run_folder)
+        self.read_only, self.tell = read_only, tell or (lambda step, text: None)
+        self._policy = _policy(keep, keep_every, keep_best)
+        self._writing: tuple[int, dict[str, str], Samples] | None = None  # step, items of leaves, what was sampled
+        self._checking: tuple[int, threading.Thread] | None = None
+        self.problem = ""  # why the last save failed
+        self._wrong: list[str] = []  # leaves that the disk does not give back
+        if read_only and not has_checkpoint(run_folder):
+            raise ConfigError(f"{run_folder}: no checkpoint here yet; `dsjax train {run_folder}` makes one")
+        self._open()
+
+    def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            read_only=read_only,
-            cleanup_tmp_directories=not read_only,
+            preservation_policy=self._policy,
+            read_only=self.read_only,
+            cleanup_tmp_directories=not self.read_only,
             # In the background a folder that cannot be made is an error only after minutes of waiting for it.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
-        if read_only and not has_checkpoint(run_folder):
-            raise ConfigError(f"{run_folder}: no checkpoint here yet; `dsjax train {run_folder}` makes one")
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self):
@@ -48,6 +77,8 @@ class Checkpoints:
 
     def __exit__(self, kind, *_):
         try:
+            if kind is None:
+                self.wait()
             self.manager.close()
         except Exception as error:
             if kind is None:  # else the first error is the one to tell
@@ -57,40 +88,142 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, step: int, state: TrainState, notes: dict[str, Any]) -> None:
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, rising."""
+        return sorted(self.manager.all_steps())
+
+    def save(self, step: int, state: TrainState, notes: dict[str, Any], score: float | None = None) -> None:
         """Writes the state and notes (plain values) in the background; the state may be donated at once.
 
-        A step that is there already is kept. Raises ConfigError if this or the last checkpoint cannot be written.
+        A step that is there already is kept. `score` is what keep_best compares. What cannot be written is told; the
+        older checkpoints are intact, and the next save tries anew.
         """
+        self.wait()
         if step in self.manager.all_steps():
             return
         model, rest = _split(state)
+        flat = {**model, **rest}
+        item_of = {**dict.fromkeys(model, "model"), **dict.fromkeys(rest, "rest")}
         args = ocp.args.Composite(
             model=ocp.args.StandardSave(model, save_args=_in_chunks(model)),
             rest=ocp.args.StandardSave(rest),
-            notes=ocp.args.JsonSave(notes),
+            notes=ocp.args.JsonSave(notes | {"sums": leaf_sums(flat)}),
         )
-        with self._writing():
-            self.manager.save(step, args=args)
+        self._writing = step, item_of, take_samples(flat, step)
+        try:
+            self.manager.save(step, args=args, metrics=None if score is None else {"score": score})
+        except Exception as error:
+            self._failed(step, _reason(error))
+
+    def settle(self, wait: bool = True) -> None:
+        """Sees a save that has ended to its end: told of, if it failed; compared with the disk in a thread, if not.
+
+        Without `wait` a save that is still being written goes on, and so does any of several processes, which have to
+        do this at the same step.
+        """
+        if self._writing is None or (not wait and (jax.process_count() > 1 or self.manager.is_saving_in_progress())):
+            return
+        step, item_of, samples = self._writing
+        problem = None
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            problem = _reason(error)
+        if problem := processes.first_problem(problem):
+            self._failed(step, problem)
+            return
+        self._writing = None
+
+        def check():
+            self._wrong = check_samples(self.folder / str(step), item_of, samples)
+
+        self._checking = step, threading.Thread(target=check, daemon=True)
+        self._checking[1].start()
 
     def wait(self) -> None:
-        """Returns when everything is on disk. Raises ConfigError if it cannot be written."""
-        with self._writing():
-            self.manager.wait_until_finished()
+        """Returns when nothing is being written or compared with the disk; what that found is told."""
+        self.settle()
+        if self._checking is None:
+            return
+        (step, thread), self._checking = self._checking, None
+        thread.join()
+        if wrong := processes.first_problem(_few(self._wrong) or None):
+            self.set_aside(step, f"the disk does not give back what was written ({wrong})")
+
+    def _failed(self, step: int, problem: str) -> None:
+        self._writing, self.problem = None, problem
+        with contextlib.suppress(Exception):  # it repeats the error
+            self.manager.close()
+        self._open()  # without what was half-written, and with all that is on disk
+        self.tell(
+            step,
+            f"{self.folder}: checkpoint {step} could not be written ({problem}); the older ones are intact "
+            f"({_listed(self.steps())}), and the next is tried in its turn",
+        )
+
+    def newest(self, read: Callable[[int], T]) -> tuple[int, T] | None:
+        """The newest step that `read` can read, and what it gives; None if there is no checkpoint at all.
+
+        Those passed over are told and, once one was read, set aside in the run folder's damaged/. Raises ConfigError
+        if there are some and none can be read: they stay where they are.
+        """
+        passed: list[tuple[int, str]] = []
+        for step in reversed(self.steps()):
+            try:
+                result, problem = read(step), None
+            except ConfigError as error:
+                result, problem = None, str(error)
+            if problem := processes.first_problem(problem):
+                passed.append((step, problem))
+                continue
+            for bad, why in passed:
+                self.set_aside(bad, why)
+            return step, result
+        if passed:
+            raise ConfigError(passed[0][1] + ("; so are the older ones" if len(passed) > 1 else ""))
+        return None
+
+    def set_aside(self, step: int, why: str) -> None:
+        """Moves a checkpoint to damaged/ beside checkpoints/, where nothing reads it, and tells why."""
+        where = ""
+        if not self.read_only:
+            if jax.process_index() == 0:
+                place = self.folder.parent / "damaged" / str(step)
+                place.parent.mkdir(exist_ok=True)
+                shutil.rmtree(place, ignore_errors=True)
+                (self.folder / str(step)).rename(place)
+            processes.from_first(lambda: "moved")
+            self.manager.reload()
+            where = f", moved to {self.folder.parent / 'damaged'}"
+        self.tell(step, f"checkpoint {step} passed over{where}: {why}")
+
+    def drop_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps."""
+        self.wait()
+        for later in self.steps():
+            if later > step:
+                self.manager.delete(later)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """State, laid out as `like` (arrays or ShapeDtypeStructs with shardings), and notes of a step.
 
-        Raises ConfigError if it cannot be read.
+        Raises ConfigError if it cannot be read, or is not what was written.
         """
         model, rest = _split(like)
+        missing = _unknown_then(self.folder / str(step), rest)
         items = self._read(
             step,
             model=ocp.args.StandardRestore(model),
-            rest=ocp.args.StandardRestore(rest),
+            rest=ocp.args.StandardRestore({name: a for name, a in rest.items() if name not in missing}),
             notes=ocp.args.JsonRestore(),
         )
-        return _fill(like, {**items["model"], **items["rest"]}), items["notes"]
+        flat, notes = {**items["model"], **items["rest"]}, dict(items["notes"])
+        if wrong := differing(flat, notes.pop("sums", {})):
+            raise ConfigError(
+                f"{self.folder / str(step)}: this checkpoint is damaged: {_few(wrong)} not as written; remove it to go "
+                "on from an older one"
+            )
+        return _fill(like, flat | {name: _unused(a) for name, a in missing.items()}), notes
 
     def weights_alone(self, step: int) -> bool:
         """Whether the checkpoint is imported weights, with no optimizer state."""
@@ -98,12 +231,10 @@ class Checkpoints:
 
     def find(self, step: int | None) -> int:
         """This step, or the newest one for None. Raises ConfigError if there is no such checkpoint."""
-        steps = sorted(self.manager.all_steps())
+        steps = self.steps()
         if not steps or (step is not None and step not in steps):
             wanted = "a checkpoint" if step is None else f"checkpoint {step}"
-            raise ConfigError(
-                f"{self.folder.parent}: expected {wanted}, there are: {', '.join(map(str, steps)) or 'none'}"
-            )
+            raise ConfigError(f"{self.folder.parent}: expected {wanted}, there are: {_listed(steps)}")
         return steps[-1] if step is None else step
 
     def restore_model(self, step: int | None, like: TrainState) -> TrainState:
@@ -123,15 +254,6 @@ class Checkpoints:
                 f"({_reason(error)}); remove it to go on from an older one"
             ) from error
 
-    @contextlib.contextmanager
-    def _writing(self):
-        try:
-            yield
-        except Exception as error:
-            raise ConfigError(
-                f"{self.folder}: a checkpoint could not be written ({_reason(error)}); the older ones are intact"
-            ) from error
-
 
 def has_checkpoint(run_folder: Path) -> bool:
     """Whether the folder holds a complete checkpoint. Their folders are named by step; unfinished ones otherwise."""
@@ -146,8 +268,9 @@ def imported(run_folder: Path) -> bool:
 
 
 def abstract_state(config: Config, mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state on `mesh`, with no array made."""
-    return abstract(lambda: init_state(config), mesh)
+    """Shapes, dtypes and shardings of the state that a checkpoint holds, on `mesh`, with no array made."""
+    state = abstract(lambda: init_state(config), mesh)
+    return state if config.optimizer.ema_decay is None else state.replace(ema=state.model)
 
 
 def abstract(make: Callable[[], Any], mesh) -> Any:
@@ -178,6 +301,42 @@ def _in_chunks(flat: dict[str, Any]) -> dict[str, ocp.SaveArgs]:
 def _weights_alone(step_folder: Path) -> bool:
     # One of the items missing is damage; an import writes step 0 with neither.
     return step_folder.name == "0" and not any((step_folder / item).exists() for item in ("rest", "notes"))
+
+
+def _policy(keep: int | None, keep_every: int | None, keep_best: int):
+    policies = [policy.LatestN(keep)]
+    if keep_every is not None:
+        policies.append(policy.EveryNSteps(keep_every))
+    if keep_best:
+        best = policy.BestN(
+            get_metric_fn=lambda metrics: metrics["score"],
+            reverse=True,
+            n=keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        policies.append(best)
+    return policy.AnyPreservationPolicy(policies)
+
+
+def _unknown_then(step_folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
+    """The leaves that a checkpoint of an older version does not have and need not have."""
+    try:
+        there = LeafFolder(step_folder, "rest").names()
+    except ConfigError:  # said when it is read
+        return {}
+    return {name: a for name, a in rest.items() if name == "history" and name not in there}
+
+
+def _unused(a) -> jax.Array:
+    return jax.make_array_from_callback(a.shape, a.sharding, lambda index: np.full(a.shape, np.nan, a.dtype)[index])
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _listed(steps: list[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"
 
 
 def _reason(error: Exception) -> str:

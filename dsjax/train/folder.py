@@ -24,14 +24,19 @@ _RESUMABLE = (
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
+    "keep_best",
     "max_skipped_steps",
+    "data.on_error",
+    "data.cache",
     "balance.",
     "mtp.",
     "optimizer.",
     "mesh.",
     "compute.",
+    "faults.",
 )
-_FIXED = ("optimizer.ema_decay",)
+_FIXED = ("optimizer.ema_decay", "optimizer.name", "optimizer.moments_dtype", "faults.spike_window")
 
 
 @contextlib.contextmanager
@@ -57,13 +62,18 @@ def owned(run_folder: Path):
         yield
 
 
-def _lock(lock, run_folder: Path) -> None:
+def take_lock(lock, kind: int, refusal: str) -> None:
+    """Takes an open file's lock, fcntl.LOCK_EX or LOCK_SH. Raises ConfigError(refusal) if another process holds it."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"{run_folder}: another process is training here; choose another --run") from None
+        raise ConfigError(refusal) from None
     except OSError:  # a file system without locks
         pass
+
+
+def _lock(lock, run_folder: Path) -> None:
+    take_lock(lock, fcntl.LOCK_EX, f"{run_folder}: another process is training here; choose another --run")
     lock.truncate(0)
     lock.write(uuid.uuid4().hex)
     lock.flush()

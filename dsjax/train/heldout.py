@@ -15,6 +15,7 @@ from dsjax.data.corpus import compressors_bpb
 from dsjax.data.documents import TokenizedDocuments
 from dsjax.data.pipeline import Corpus, heldout_rows, load_corpus
 from dsjax.data.sources import read_documents
+from dsjax.data.stored import load_stored
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.state import TrainState
 from dsjax.train import processes
@@ -24,7 +25,17 @@ from dsjax.train.layout import device_mesh, on_mesh
 from dsjax.train.step import heldout_nats
 
 # What an evaluation may change of a run's configuration.
-_OPEN = ("data.sources", "data.text_field", "data.on_error", "mesh.", "compute.", "batch_size", "accumulate", "seq_len")
+_OPEN = (
+    "data.sources",
+    "data.text_field",
+    "data.on_error",
+    "data.cache",
+    "mesh.",
+    "compute.",
+    "batch_size",
+    "accumulate",
+    "seq_len",
+)
 
 
 class Heldout:
@@ -35,7 +46,7 @@ class Heldout:
 
     def __init__(self, corpus: Corpus, config: Config, mesh):
         self.compute, self.facts, self.mesh = config.compute, corpus.facts, mesh
-        self.n_bytes = len(corpus.heldout_text)
+        self.n_bytes = corpus.facts["heldout"]["bytes"]
         rows = heldout_rows(corpus, config.seq_len)
         self.size = config.batch_size // config.accumulate
         pad = -len(rows["tokens"]) % self.size
@@ -89,8 +100,9 @@ def evaluate(
     mesh = device_mesh(config)
 
     def read(make: bool) -> Corpus:
-        if config.data != saved.data:
-            return whole_text(config.data, run_tokenizer(run_folder))
+        if configuration.replace(config.data, cache=saved.data.cache, cache_gib=saved.data.cache_gib) != saved.data:
+            data = configuration.replace(config.data, tokenizer="run")  # other shards must be of the run's tokenizer
+            return load_stored(data, None, run_folder) or whole_text(data, run_tokenizer(run_folder))
         size = config.model.vocab_size
         return load_corpus(config.data, size, run_folder, seed=config.seed, progress=False, make=make)
 

@@ -17,10 +17,10 @@ CHUNK_BYTES = 64 << 20
 
 
 class LeafFolder:
-    """The model item of one checkpoint, `run/checkpoints/STEP/model`."""
+    """An item of one checkpoint, `run/checkpoints/STEP/model` or `.../rest`."""
 
-    def __init__(self, step_folder: Path):
-        self.folder = Path(step_folder).absolute() / "model"
+    def __init__(self, step_folder: Path, item: str = "model"):
+        self.folder = Path(step_folder).absolute() / item
 
     def names(self) -> list[str]:
         """Every leaf. Raises ConfigError if this is no checkpoint."""

@@ -1,5 +1,7 @@
 """What a run says of itself: metrics.jsonl, TensorBoard event files and loss.png, the same numbers in all three."""
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -11,6 +13,8 @@ import numpy as np
 
 from dsjax.state import Metrics
 from dsjax.train.events import EventFile
+from dsjax.train.journal import Lines
+from dsjax.train.lines import read_lines
 
 DRAW_EVERY_S = 60
 
@@ -54,34 +58,38 @@ class Recorder:
     """Writes rows of metrics, {"kind": "run" | "train" | "eval", "step": ..., ...}.
 
     A run that resumes at a step loses the rows after it: they will be written again. TensorBoard's file is written
-    anew from the rows at every start. Without `write`, as on all processes but the first, rows are only held.
+    anew from the rows at every start. Without `write`, as on all processes but the first, rows are only held. A full
+    disk loses nothing: what could not be written is, as soon as it can be.
     """
 
     def __init__(self, run_folder: Path, step: int, write: bool = True):
         self.folder, self.writes = run_folder, write
-        path = run_folder / "metrics.jsonl"
-        self.rows = [row for row in read_rows(path) if row["step"] <= step] if step else []
+        self.path = run_folder / "metrics.jsonl"
+        self.rows = list(read_lines(self.path))
         self.drawn_at = -math.inf
-        if not write:
+        self.lines: Lines | None = None
+        self.board: EventFile | None = None
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Forgets the rows after a step."""
+        self.close()
+        self.rows = [row for row in self.rows if row["step"] <= step] if step else []
+        if not self.writes:
             return
-        part = path.with_suffix(".part")
+        part = self.path.with_suffix(".part")
         part.write_text("".join(map(_line, self.rows)))
-        os.replace(part, path)
-        self.file = path.open("a")
-        self.board = _new_event_file(run_folder / "tensorboard")
-        for row in self.rows:
-            self._to_board(row)
-        self.board.flush()
+        os.replace(part, self.path)
+        self.lines = Lines(self.path)
+        self._to_board()
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> dict[str, Any]:
         """One row; its numbers go to TensorBoard as kind/name. NaN and infinities, which JSON lacks, become null."""
         row = {"kind": kind, "step": step, "time": round(time.time(), 3), **_finite(values)}
         self.rows.append(row)
         if self.writes:
-            self.file.write(_line(row))
-            self.file.flush()
+            self.lines.add(row)
             self._to_board(row)
-            self.board.flush()
         return row
 
     def last(self, kind: str) -> dict[str, Any] | None:
@@ -95,33 +103,47 @@ class Recorder:
         from dsjax.train.picture import draw  # here: matplotlib is slow to import
 
         part = self.folder / "loss.part.png"
-        draw(self.rows, part)
-        os.replace(part, self.folder / "loss.png")
+        with no_room():
+            draw(self.rows, part)
+            os.replace(part, self.folder / "loss.png")
         self.drawn_at = time.monotonic()
 
     def close(self) -> None:
-        if self.writes:
-            self.file.close()
-            self.board.close()
+        if self.lines is not None:
+            self.lines.close()
+        self._close_board()
 
-    def _to_board(self, row: dict[str, Any]) -> None:
-        numbers = {
-            f"{row['kind']}/{name}": float(value)
-            for name, value in row.items()
-            if isinstance(value, int | float) and name not in ("step", "time")
-        }
-        self.board.add(row["step"], numbers, row["time"])
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    def _to_board(self, *rows: dict[str, Any]) -> None:
+        """Adds rows; all, to a new file, where there is none or the disk was full."""
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+            if self.board is None:
+                rows, self.board = self.rows, _new_event_file(self.folder / "tensorboard")
+            for row in rows:
+                numbers = {
+                    f"{row['kind']}/{name}": float(value)
+                    for name, value in row.items()
+                    if isinstance(value, int | float) and name not in ("step", "time")
+                }
+                self.board.add(row["step"], numbers, row["time"])
+            self.board.flush()
+        except OSError:
+            self._close_board()
+
+    def _close_board(self) -> None:
+        with no_room():
+            if self.board is not None:
+                self.board.close()
+        self.board = None
+
+
+@contextlib.contextmanager
+def no_room():
+    """What cannot be written here is left out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def _line(row: dict[str, Any]) -> str:

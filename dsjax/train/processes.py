@@ -132,6 +132,16 @@ def from_first(make: Callable[[], str]) -> str:
     return text
 
 
+def first_problem(problem: str | None) -> str | None:
+    """What went wrong on any process, None if nothing did; the same answer on all."""
+    client, turn = _client(), f"dsjax/turn/{next(_turns)}"
+    if client is None:
+        return problem
+    client.key_value_set(f"{turn}/{distributed.global_state.process_id}", problem or "none")
+    said = [_wait_for(f"{turn}/{other}") for other in range(distributed.global_state.num_processes)]
+    return next((text for text in said if text != "none"), None)
+
+
 class Agreement:
     """What one process has heard, told to all at the same step: the name of a signal, one step after it was given.
 

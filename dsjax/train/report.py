@@ -55,9 +55,17 @@ class Report:
         if self.bar is not None:
             self.bar.update()
 
+    def rewind(self, done: int) -> None:
+        """The bar goes back to a step."""
+        if self.bar is not None:
+            self.bar.n = done
+            self.bar.refresh()
+
     def interval(self, row: dict[str, Any], total: int, seconds_left: float | None) -> None:
         """The numbers of a step interval: in the bar, or as a line."""
         speed = "" if row["tokens_per_s"] is None else f", {human(int(row['tokens_per_s']))} tok/s"
+        if row["input_s"] is not None:
+            speed += f", input {1000 * row['input_s']:.0f} ms"
         loss, norm = _number(row["loss"], 4), _number(row["grad_norm"], 3)
         skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
         skipped += f", {row['overflow']:,} rows dropped" if row["overflow"] else ""

@@ -1,6 +1,7 @@
 """What changes over a run by plan: batch size, learning rate, MTP weight, router-bias speed. Plain numbers, no arrays.
 
-Phases are parts of the run's tokens, as the papers state them (reference section 7.2).
+The plan is data: phases of the learning rate, and the places where other settings change, in tokens or in parts of the
+run's (`place`). Simple schedules are phases, too.
 """
 
 import bisect
@@ -8,10 +9,8 @@ import dataclasses
 import functools
 import math
 
-from dsjax.config import Config, OptimizerConfig
+from dsjax.config import Config, OptimizerConfig, Phase
 
-# V3: constant to 10T of 14.8T tokens, cosine to a tenth over 4.3T, constant for 333B, 7.3e-6 / 2.2e-4 at the end.
-_V3_DECAY_AT, _V3_FLOOR_AT, _V3_LAST_AT, _V3_LAST = 10 / 14.8, 14.3 / 14.8, 14.633 / 14.8, 7.3e-6 / 2.2e-4
 _STEP_FACTOR = 0.316
 
 
@@ -33,6 +32,11 @@ class Schedule:
         self.config = config
         self._rows = config.batch_size // config.accumulate  # of one micro-batch
         self._ramp = self._ramp_starts()
+        self._phases = phases(config.optimizer, config.steps)
+        in_tokens = self._phases[-1].until > 1
+        self._warmup = config.optimizer.warmup_steps if in_tokens else min(config.optimizer.warmup_steps, config.steps)
+        self._ends = [self.place(phase.until) for phase in self._phases]
+        self._mtp_at, self._bias_until = map(self.place, (config.mtp.switch_at, config.balance.bias_update_until))
 
     @functools.cached_property
     def total_tokens(self) -> int:
@@ -55,18 +59,49 @@ class Schedule:
             return bisect.bisect_left(self._ramp, row)
         return len(self._ramp) - 1 + -(-(row - self._ramp[-1]) // self.config.batch_size)
 
+    def tokens(self, step: int) -> int:
+        """Tokens that came before this step."""
+        return self.first_row(step) * self.config.seq_len
+
+    def place(self, when: float) -> float:
+        """Tokens: a number up to 1 is a part of the run's, a greater one is tokens already."""
+        return when * self.total_tokens if when <= 1 else when
+
     def at(self, step: int) -> Knobs:
         """Settings of this step."""
         config = self.config
-        first, last = self.rows(step)
-        part = first * config.seq_len / self.total_tokens
+        (first, last), tokens = self.rows(step), self.tokens(step)
         return Knobs(
             step=step,
-            learning_rate=learning_rate(config.optimizer, step, part, config.steps),
-            mtp_weight=config.mtp.loss_weight if part < config.mtp.switch_at else config.mtp.loss_weight_final,
-            bias_update_speed=config.balance.bias_update_speed if part < config.balance.bias_update_until else 0.0,
+            learning_rate=self._learning_rate(step, tokens),
+            mtp_weight=config.mtp.loss_weight if tokens < self._mtp_at else config.mtp.loss_weight_final,
+            bias_update_speed=config.balance.bias_update_speed if tokens < self._bias_until else 0.0,
             micro_batches=(last - first) // self._rows,
         )
+
+    def changes(self) -> dict[str, list[float]]:
+        """Where the plan turns, in tokens, by what turns: for pictures."""
+        config = self.config
+        ramp = [] if config.batch_size_start is None else [self._ramp[-1] * config.seq_len]
+        mtp = config.model.num_nextn_predict_layers and config.mtp.loss_weight != config.mtp.loss_weight_final
+        turns = {
+            "learning_rate": [self.tokens(self._warmup), *self._ends],
+            "batch": ramp,
+            "mtp_weight": [self._mtp_at] if mtp else [],
+            "bias_update_speed": [self._bias_until] if config.model.topk_method == "noaux_tc" else [],
+        }
+        return {name: [float(tokens) for tokens in places] for name, places in turns.items()}
+
+    def _learning_rate(self, step: int, tokens: int) -> float:
+        peak = self.config.optimizer.peak_lr
+        if step < self._warmup:
+            return peak * (step + 1) / self._warmup
+        i = bisect.bisect_right(self._ends, tokens)
+        if i == len(self._phases):
+            return peak * self._phases[-1].rate
+        start, before = (self._ends[i - 1], self._phases[i - 1].rate) if i else (self.tokens(self._warmup), 1.0)
+        part = (tokens - start) / (self._ends[i] - start)
+        return peak * _rate(self._phases[i], before, part)
 
     def _ramp_starts(self) -> list[int]:
         """First row of each step of the ramp, and of the first step of full size."""
@@ -79,23 +114,21 @@ class Schedule:
         return starts
 
 
-def learning_rate(optimizer: OptimizerConfig, step: int, part: float, steps: int) -> float:
-    """Rate of a step that starts after `part` of the run's tokens."""
-    peak, warmup = optimizer.peak_lr, min(optimizer.warmup_steps, steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
+def phases(optimizer: OptimizerConfig, steps: int) -> tuple[Phase, ...]:
+    """The learning rate after the warm-up."""
+    if optimizer.schedule == "phases":
+        return optimizer.phases
     if optimizer.schedule == "cosine":
-        rise = warmup / steps
-        return peak * _cosine((part - rise) / max(1 - rise, 1e-9), optimizer.final_lr_ratio)
-    if optimizer.schedule == "step":
-        return peak * _STEP_FACTOR ** sum(part >= at for at in optimizer.step_at)
-    if optimizer.schedule == "v3":
-        if part >= _V3_LAST_AT:
-            return peak * _V3_LAST
-        return peak * _cosine((part - _V3_DECAY_AT) / (_V3_FLOOR_AT - _V3_DECAY_AT), 0.1)
-    return peak
+        rise = min(optimizer.warmup_steps, steps) / steps
+        return Phase("constant", rise, 1.0), Phase("cosine", 1.0, optimizer.final_lr_ratio)
+    falls = optimizer.step_at if optimizer.schedule == "step" else ()
+    return tuple(Phase("constant", at, _STEP_FACTOR**i) for i, at in enumerate([*falls, (1.0, *falls)[-1]]))
 
 
-def _cosine(part: float, floor: float) -> float:
-    part = min(max(part, 0.0), 1.0)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * part))
+def _rate(phase: Phase, before: float, part: float) -> float:
+    """The rate over the peak, `part` of the way from the rate before it to its own."""
+    if phase.shape == "constant":
+        return phase.rate
+    if phase.shape == "cosine":
+        part = 0.5 * (1 - math.cos(math.pi * min(max(part, 0.0), 1.0)))
+    return before + (phase.rate - before) * part

@@ -12,9 +12,10 @@ from dsjax.model.balance import max_violation, update_bias
 from dsjax.model.transformer import DeepSeek, init_router_bias
 from dsjax.precision import cast_weights
 from dsjax.state import Batch, Metrics, RouterBias, TrainState
-from dsjax.train.loss import LossParts, count, cross_entropy, next_targets, total_loss
+from dsjax.train.loss import Counts, LossParts, count, cross_entropy, next_targets, total_loss
 from dsjax.train.optimizer import clip, make_optimizer
 from dsjax.train.schedule import Knobs
+from dsjax.train.spikes import is_spike, leaf_norms, medians, new_history, remember
 
 
 def init_state(config: Config) -> TrainState:
@@ -25,8 +26,10 @@ def init_state(config: Config) -> TrainState:
 def start_state(model: DeepSeek, router_bias: RouterBias, config: Config) -> TrainState:
     """The state before the first step from given weights."""
     zero = jnp.zeros((), jnp.int32)
-    ema = None if config.optimizer.ema_decay is None else jax.tree.map(jnp.copy, model)
-    return TrainState(zero, model, make_optimizer(config.optimizer).init(model), router_bias, ema, zero, zero)
+    here = config.optimizer.ema_decay is not None and config.optimizer.ema_on == "device"
+    ema = jax.tree.map(jnp.copy, model) if here else None
+    opt_state = make_optimizer(config.optimizer).init(model)
+    return TrainState(zero, model, opt_state, router_bias, ema, zero, zero, new_history(config.faults))
 
 
 def jit_init_state(config: Config):
@@ -42,7 +45,8 @@ def train_step(
     """One update from a batch [A, B, T] of A micro-batches, of which the first knobs["micro_batches"] are taken; those
     after them must be padding (segment 0), as the losses' counts are those of all.
 
-    A loss or gradient with NaN or Inf leaves everything as it was but the counts of skipped steps. Rows without room on
+    A loss or gradient with NaN or Inf, and a spike if faults.on_spike is not `note`, leave everything as it was but the
+    counts of skipped steps. Rows without room on
     their experts' devices leave everything as it was, step included, unless compute.on_overflow=drop; and so does a
     knobs["step"], where given, that is not the state's: a step that was sent after one to be taken again.
     """
@@ -57,6 +61,10 @@ def train_step(
         & jnp.isfinite(parts.balance)
         & jnp.all(jnp.isfinite(parts.mtp_loss))
     )
+    spike = is_spike(state.history, parts.loss, norm, config.faults)
+    if config.faults.on_spike != "note":
+        good &= ~spike
+    norms, medians_before = leaf_norms(grads), medians(state.history)
 
     grads = clip(grads, norm, config.optimizer.clip_norm)
     updates, opt_state = make_optimizer(config.optimizer).update(grads, state.opt_state, state.model)
@@ -80,6 +88,7 @@ def train_step(
         ema=keep(ema, state.ema),
         skipped=state.skipped + (taken & ~good),
         skipped_in_a_row=jnp.where(taken, jnp.where(good, 0, state.skipped_in_a_row + 1), state.skipped_in_a_row),
+        history=keep(remember(state.history, parts.loss, norm), state.history),
     )
     max_vio = jnp.concatenate([max_violation(parts.load.moe), max_violation(parts.load.mtp)])
     return state, Metrics(
@@ -92,23 +101,35 @@ def train_step(
         parts.overflow,
         state.skipped,
         state.skipped_in_a_row,
+        spike & taken,
+        medians_before,
+        norms,
     )
+
+
+def micro_gradients(
+    model, router_bias: RouterBias, batch: Batch, mtp_weight: jax.Array, config: Config
+) -> tuple[DeepSeek, LossParts]:
+    """Gradient of the loss of a batch [1, B, T], and its parts."""
+    counts = count(batch, config.model.num_nextn_predict_layers)
+    return _share(model, router_bias, jax.tree.map(lambda a: a[0], batch), counts, mtp_weight, config)
+
+
+def _share(model, router_bias, micro: Batch, counts: Counts, mtp_weight, config: Config) -> tuple[DeepSeek, LossParts]:
+    """A micro-batch's share of the gradient, and of its parts."""
+
+    def loss(model):
+        model = cast_weights(model, config.compute.precision)
+        return total_loss(model, micro, router_bias, counts, mtp_weight, config)
+
+    return jax.grad(loss, has_aux=True)(model)
 
 
 def _gradients(state: TrainState, batch: Batch, knobs: dict[str, jax.Array], config: Config):
     """Gradient of the whole batch's loss, and its parts, summed over micro-batches."""
-    counts = count(batch, config.model.num_nextn_predict_layers)
-
-    def loss(model, micro):
-        model = cast_weights(model, config.compute.precision)
-        return total_loss(model, micro, state.router_bias, counts, knobs["mtp_weight"], config)
-
-    def gradients(micro: Batch) -> tuple[DeepSeek, LossParts]:
-        grads, parts = jax.grad(loss, has_aux=True)(state.model, micro)
-        return grads, parts
-
     if batch.tokens.shape[0] == 1:
-        return gradients(jax.tree.map(lambda a: a[0], batch))
+        return micro_gradients(state.model, state.router_bias, batch, knobs["mtp_weight"], config)
+    counts = count(batch, config.model.num_nextn_predict_layers)
     # A loop of changing length: a batch ramp compiles once.
     scalar = jnp.zeros((), jnp.float32)
     no_parts = LossParts(
@@ -121,7 +142,9 @@ def _gradients(state: TrainState, batch: Batch, knobs: dict[str, jax.Array], con
     zeros = jax.tree.map(jnp.zeros_like, state.model), no_parts
 
     def add(i, total):
-        return jax.tree.map(jnp.add, total, gradients(jax.tree.map(lambda a: a[i], batch)))
+        micro = jax.tree.map(lambda a: a[i], batch)
+        more = _share(state.model, state.router_bias, micro, counts, knobs["mtp_weight"], config)
+        return jax.tree.map(jnp.add, total, more)
 
     return jax.lax.fori_loop(0, knobs["micro_batches"], add, zeros)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax.data.packing import PACKERS, best_fit, concat, render
+from dsjax.data.packing import FITTERS, PACKERS, best_fit, best_fit_into, concat, render
 
 LENGTHS = st.lists(st.integers(2, 40), min_size=1, max_size=30).map(np.array)
 ROW = st.integers(2, 24)
@@ -72,6 +72,30 @@ def test_rendered_segments_and_positions_follow_the_pieces(sizes):
     assert row["positions"].tolist() == [i for n in sizes for i in range(n)] + [0] * (48 - used)
     assert row["tokens"].tolist() == [7] * used + [2] * (48 - used)
     assert all(a.dtype == np.int32 and a.shape == (48,) for a in row.values())
+
+
+@pytest.mark.parametrize("fit", FITTERS.values(), ids=FITTERS)
+@given(lengths=LENGTHS, seq_len=st.integers(4, 24), more=st.integers(0, 2))
+@settings(deadline=None)
+def test_a_given_number_of_rows_holds_every_transition_once(fit, lengths, seq_len, more):
+    """As many rows as a stream needs are enough, however documents are packed; more of them are used too."""
+    n_rows = max(-(-(int(lengths.sum()) - 1) // (seq_len - 1)), 1) + more
+    plan = fit(lengths, seq_len, n_rows)
+    assert plan.n_rows == n_rows
+    assert transitions(plan) == sorted((d, i) for d, length in enumerate(lengths) for i in range(length - 1))
+    used = np.bincount(plan.row, plan.length, n_rows)
+    assert used.max() <= seq_len and np.all(np.diff(plan.row) >= 0)
+    if lengths.sum() > 4 * n_rows:
+        assert used.min() >= 1
+
+
+@given(n=st.integers(20, 60), seed=st.integers(0, 20))
+@settings(deadline=None, max_examples=20)
+def test_few_documents_are_cut_where_all_could_stay_whole(n, seed):
+    lengths = np.random.default_rng(seed).integers(2, 33, 20 * n)
+    n_rows = -(-int(lengths.sum()) // 63) + 1
+    plan = best_fit_into(lengths, 64, n_rows)
+    assert (np.bincount(plan.document) > 1).sum() <= 2
 
 
 @packers

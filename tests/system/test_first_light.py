@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from dsjax.cli import cli
 from dsjax.train import layout
-from dsjax.train.metrics import read_rows
+from dsjax.train.lines import read_lines
 
 
 def run(*args: str, **options):
@@ -57,7 +57,7 @@ def test_training_says_what_it_does(trained):
         r"steps      40 of 8 x 32 tokens: 10\.2K tokens, \d\.\d\d times the training text",
         r"devices    1 cpu device",
         r"compiling the training step ...",
-        r"step 20/40: loss \d\.\d{4}, lr .*, MaxVio \d\.\d\d, .* tok/s, \d:\d\d left",
+        r"step 20/40: loss \d\.\d{4}, lr .*, MaxVio \d\.\d\d, .* tok/s, input \d+ ms, \d:\d\d left",
         r"step 20    held-out loss \d\.\d{4} nats a token, .* \(gzip -9 \d\.\d{3}, xz -9 \d\.\d{3}\)",
         r"step 20: sample '.*' -> '.*'",
         r"checkpoint .*my run/checkpoints/40",
@@ -65,7 +65,7 @@ def test_training_says_what_it_does(trained):
         r"generate   dsjax generate '.*my run' --prompt \"def \" --max-tokens 80",
     ):
         assert re.search(f"^{line}$", result.stderr, re.MULTILINE), line
-    losses = [row["loss"] for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "train"]
+    losses = [row["loss"] for row in read_lines(folder / "metrics.jsonl") if row["kind"] == "train"]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0] - 1
     assert imread(folder / "loss.png").shape == (935, 1430, 4)
@@ -107,7 +107,7 @@ def test_generation_refuses_in_one_line(trained, tmp_path):
 
 def test_evaluation_repeats_the_runs_own_numbers(trained):
     folder, _ = trained
-    logged = [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "eval"][-1]
+    logged = [row for row in read_lines(folder / "metrics.jsonl") if row["kind"] == "eval"][-1]
     result = json.loads(run("eval", folder, "--json").stdout)
     assert (result["step"], result["heldout_bpb"]) == (40, logged["heldout_bpb"])
     assert run("eval", folder).stdout.split()[4:6] == ["heldout_bpb", f"{logged['heldout_bpb']:.4f}"]

@@ -11,6 +11,7 @@ def texts(tmp_path_factory):
     return runs.write_texts(tmp_path_factory.mktemp("corpus") / "texts")
 
 
+@pytest.mark.slow
 def test_experts_on_two_devices_of_eight_train_as_on_one(texts, tmp_path):
     model = replace(runs.micro(texts).model, num_nextn_predict_layers=0)
     path = runs.write_config(runs.micro(texts, model=model, steps=4, log_every=1), tmp_path / "micro.json")

@@ -162,6 +162,24 @@ def test_where_the_first_process_is_killed_the_others_end_too(path, cache, whole
     assert_same_losses(run, whole)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_job_that_lost_a_process_goes_on_as_many_as_if_nothing_had_happened(path, cache, tmp_path, killed):
+    """The coordinator or a worker; the same number of processes afterwards: bit for bit."""
+    with job(2, path, tmp_path / "whole", "--mesh.fsdp=2", cache=cache) as processes:
+        assert [code for code, _ in ends(processes, 240)] == [0, 0]
+    run = tmp_path / "run"
+    with job(2, path, run, "--mesh.fsdp=2", cache=cache) as processes:
+        until_row(processes, run, 6, 4)
+        processes[killed].send_signal(signal.SIGKILL)
+        ends(processes, END_S)
+    with job(2, path, run, "--mesh.fsdp=2", cache=cache) as processes:
+        results = ends(processes, 240)
+    assert [code for code, _ in results] == [0, 0], results
+    assert f"resuming {run} at step" in results[0][1]
+    assert runs.rows(run) == runs.rows(tmp_path / "whole")
+
+
 def test_an_error_on_the_first_process_ends_all_with_its_message(path, cache, tmp_path):
     with job(2, path, tmp_path / "run", "--data.sources=/nowhere.txt", cache=cache) as processes:
         first, second = ends(processes, 60)

@@ -1,10 +1,14 @@
 """The training loop in its run folder: resuming, stopping, refusing; what it writes and says."""
 
+import contextlib
 import functools
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +17,11 @@ import pytest
 import runs
 
 from dsjax import config as configuration
-from dsjax.config import ConfigError, OptimizerConfig, replace
+from dsjax.config import ConfigError, FaultsConfig, OptimizerConfig, Phase, replace
+from dsjax.data.pipeline import TrainRows, train_rows
 from dsjax.model import moe
-from dsjax.train import heldout, layout, loop
-from dsjax.train.metrics import read_rows
+from dsjax.train import curves, digest, heldout, layout, lines, loop, page
+from dsjax.train.lines import read_lines
 
 # What a failed read or write of a checkpoint leaves behind in its threads.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -65,7 +70,7 @@ def whole(texts, tmp_path_factory):
 
 
 def at_step(monkeypatch, step: int, act):
-    """Calls `act` when this many steps have been taken by the run."""
+    """Calls `act` when this many steps have been sent to the devices, and the next batch is fetched."""
     start = loop.Run._batch
     taken = iter(range(1000))
 
@@ -96,6 +101,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole, tmp_path, monkey
     runs.assert_same_run(folder, tmp_path, config)
 
 
+@pytest.mark.slow
 def test_a_step_whose_rows_find_no_room_is_taken_again_and_the_run_is_the_same(whole, tmp_path, monkeypatch, capsys):
     folder, config = whole
     monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:2])
@@ -115,7 +121,7 @@ def test_a_step_whose_rows_find_no_room_is_taken_again_and_the_run_is_the_same(w
 def test_a_signal_ends_the_run_after_its_step_between_two_rows(whole, tmp_path, monkeypatch, capsys, number):
     folder, config = whole
     with monkeypatch.context() as patch:
-        at_step(patch, 4, lambda: os.kill(os.getpid(), number))
+        at_step(patch, 5, lambda: os.kill(os.getpid(), number))
         loop.train(config, tmp_path, quiet=True)
     name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
     assert f"{name}: saved at step 5; `dsjax train {tmp_path}` goes on from there" in capsys.readouterr().err
@@ -144,7 +150,7 @@ def test_a_finished_run_says_so_and_takes_more_steps(whole, tmp_path, capsys, mo
     monkeypatch.setattr(loop.Recorder, "draw", lambda self, at_once=False: drawn.append((len(self.rows), at_once)))
     result = loop.train(config, tmp_path / "run", quiet=True)
     # A kill may have come between the last checkpoint and its picture.
-    assert drawn == [(len(read_rows(folder / "metrics.jsonl")), True)]
+    assert drawn == [(len(list(read_lines(folder / "metrics.jsonl"))), True)]
     assert "6 of 6 steps are done" in capsys.readouterr().err
     assert result["step"] == 6
     assert loop.train(config, tmp_path / "run", quiet=True, explicit={"steps": "8"})["step"] == 8
@@ -154,7 +160,7 @@ def test_a_finished_run_says_so_and_takes_more_steps(whole, tmp_path, capsys, mo
 
 def test_rows_of_metrics(whole):
     folder, config = whole
-    first, *rows = read_rows(folder / "metrics.jsonl")
+    first, *rows = read_lines(folder / "metrics.jsonl")
     assert (first["kind"], first["layers"]) == ("run", ["layer 2", "MTP 1"])
     assert first["facts"]["python"] and len(first["facts"]["sha256"]) == 64
     assert [(row["kind"], row["step"]) for row in rows] == [
@@ -175,7 +181,7 @@ def test_quiet_is_one_line_an_interval(whole, tmp_path, capsys, texts):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in lines] == ["2/6:", "3", "4/6:", "6/6:", "6"]
     assert all("loss" in line for line in lines)
-    assert all("tok/s, 0:0" in line for line in lines if "/6:" in line)
+    assert all(re.search(r"tok/s, input \d+ ms, 0:0", line) for line in lines if "/6:" in line)
 
 
 def broken(step_fn, bad: set[int]):
@@ -199,7 +205,7 @@ def test_steps_with_nan_are_skipped_counted_and_then_end_the_run(texts, tmp_path
         loop.train(config, tmp_path, quiet=True)
     assert "NaN or Inf in the loss or gradients of 3 steps in a row" in str(error.value)
     assert "checkpoint 6 is intact" in str(error.value) and "\n" not in str(error.value)
-    rows = read_rows(tmp_path / "metrics.jsonl")
+    rows = list(read_lines(tmp_path / "metrics.jsonl"))
     assert next(row for row in rows if row["step"] == 2 and row["kind"] == "train")["skipped"] == 1
     assert not any("NaN" in line for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     monkeypatch.setattr(loop, "jit_train_step", make)
@@ -214,13 +220,59 @@ def test_a_learning_rate_far_too_high_ends_the_run(texts, tmp_path):
         loop.train(config, tmp_path, quiet=True)
 
 
+def averaged(config, where):
+    return replace(config, optimizer=replace(config.optimizer, ema_decay=0.7, ema_on=where))
+
+
+def assert_follows(run_folder, config, steps):
+    """Each step's average is 0.7 of the one before and 0.3 of the step's weights."""
+    states = [runs.state(run_folder, config, step) for step in steps]
+    for before, state in itertools.pairwise(states):
+        for name in (name for name in state if name.startswith("ema/")):
+            wanted = 0.7 * before[name] + 0.3 * state[name.replace("ema/", "model/")]
+            np.testing.assert_allclose(state[name], wanted, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_average_on_the_host_follows_each_step_after_a_kill_too(texts, tmp_path, monkeypatch):
+    config = averaged(runs.micro(texts, checkpoint_every=1, keep_checkpoints=6), "host")
+    loop.train(config, tmp_path / "a", quiet=True)
+    assert_follows(tmp_path / "a", config, range(1, 7))
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, die)
+        with pytest.raises(Killed):
+            loop.train(config, tmp_path / "b", quiet=True)
+    loop.train(config, tmp_path / "b", quiet=True)
+    runs.assert_same_run(tmp_path / "a", tmp_path / "b", config)
+
+
+@pytest.mark.slow
+def test_an_average_moves_between_host_and_devices(texts, tmp_path):
+    host, device = (
+        averaged(runs.micro(texts, checkpoint_every=1, keep_checkpoints=9), on) for on in ("host", "device")
+    )
+    loop.train(host, tmp_path, quiet=True)
+    loop.train(host, tmp_path, quiet=True, explicit={"steps": 8, "optimizer.ema_on": "device"})
+    loop.train(device, tmp_path, quiet=True, explicit={"steps": 9, "optimizer.ema_on": "host"})
+    assert_follows(tmp_path, device, range(1, 10))
+
+
 def test_every_option_at_once_resumes_too(texts, tmp_path, monkeypatch):
     config = runs.micro(
         texts,
         accumulate=4,
         batch_size_start=2,
         batch_ramp_tokens=700,
-        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=2, schedule="v3", ema_decay=0.5),
+        optimizer=OptimizerConfig(
+            name="muon",
+            peak_lr=3e-3,
+            warmup_steps=2,
+            schedule="phases",
+            phases=(Phase("constant", 0.7, 1.0), Phase("cosine", 1.0, 0.1)),
+            moments_dtype="bfloat16",
+            ema_decay=0.5,
+            ema_on="host",
+        ),
         model=replace(runs.micro(texts).model, num_nextn_predict_layers=0),
         data=replace(runs.micro(texts).data, fim_rate=0.5, packing="best_fit", document_mask=False),
         compute=replace(runs.micro(texts).compute, precision="bf16"),
@@ -307,6 +359,7 @@ def run_folder(whole, tmp_path):
         ),
         ({"batch_size": "16"}, "batch_size=16: the run in .* has 8 and cannot change it"),
         ({"optimizer.ema_decay": "0.9"}, "optimizer.ema_decay=0.9: the run in .* has none and cannot change it"),
+        ({"optimizer.name": "muon"}, "optimizer.name=muon: the run in .* has adamw and cannot change it"),
         ({"data.tokenizer": "bpe"}, "data.tokenizer=bpe: the run in .* has bytes and cannot change it"),
         ({"seed": "1"}, "seed=1: the run in .* has 0 and cannot change it"),
     ],
@@ -353,7 +406,7 @@ def test_a_damaged_configuration_is_named(whole, run_folder, text):
 
 
 @pytest.mark.parametrize("how", ["cut", "zeros", "no metadata", "no item"])
-def test_a_damaged_checkpoint_is_named_and_an_older_one_serves(whole, run_folder, how):
+def test_a_damaged_checkpoint_is_passed_over_and_an_older_one_serves(whole, run_folder, how, capsys):
     folder, config = whole
     checkpoint = run_folder / "checkpoints/6"
     for path in [p for p in checkpoint.rglob("*") if p.is_file()]:
@@ -365,36 +418,62 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_serves(whole, run_folder
             path.unlink()
     if how == "no item":
         shutil.rmtree(checkpoint / "rest")
-    with pytest.raises(ConfigError, match=r"checkpoints/6: this checkpoint is damaged.*remove it") as error:
-        loop.train(config, run_folder, quiet=True, explicit={"steps": "8"})
-    assert "\n" not in str(error.value)
-    shutil.rmtree(checkpoint)
     loop.train(config, run_folder, quiet=True, explicit={"steps": "6"})
+    said = capsys.readouterr().err
+    assert (
+        f"checkpoint 6 passed over, moved to {run_folder / 'damaged'}: " in said
+        and "this checkpoint is damaged" in said
+    )
+    assert f"resuming {run_folder} at step 3" in said
+    assert (run_folder / "damaged" / "6").is_dir()
     runs.assert_same_run(folder, run_folder, config)
+    incidents = [row["kind"] for row in read_lines(run_folder / "incidents.jsonl")]
+    assert incidents[-2:] == ["checkpoint", "resume"]
+
+
+def test_where_no_checkpoint_can_be_read_all_stay_where_they_are(whole, run_folder):
+    for path in run_folder.glob("checkpoints/*/model/d/*"):
+        path.write_bytes(b"")
+    with pytest.raises(
+        ConfigError, match=r"checkpoints/6: this checkpoint is damaged.*; so are the older ones"
+    ) as error:
+        loop.train(whole[1], run_folder, quiet=True, explicit={"steps": "8"})
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == ["3", "6"]
 
 
 def test_a_folder_without_a_checkpoint_takes_new_settings(texts, tmp_path, monkeypatch):
     config = runs.micro(texts)
     bigger = replace(config, name="other", model=replace(config.model, vocab_size=300))
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "go", lambda _: die())
+        patch.setattr(loop.Run, "go", lambda *_: die())
         with pytest.raises(Killed):
             loop.train(replace(bigger, data=replace(config.data, tokenizer="bpe")), tmp_path, quiet=True)
     loop.train(config, tmp_path, quiet=True)
     assert configuration.load(tmp_path / "config.json") == config
-    assert [row["kind"] for row in read_rows(tmp_path / "metrics.jsonl")].count("run") == 1
+    assert [row["kind"] for row in read_lines(tmp_path / "metrics.jsonl")].count("run") == 1
 
 
-def test_a_disk_that_is_full_is_one_line(whole, run_folder, monkeypatch):
+def test_a_run_goes_on_while_the_disk_is_full(whole, run_folder, monkeypatch, capsys):
     from dsjax.train import checkpoint
 
     def fail(*_, **__):
         raise ValueError("INTERNAL: writing: No space left on device\nSource locations:\n  file.cc:12")
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
-    with pytest.raises(ConfigError, match=r"could not be written \(No space left on device\); .*intact") as error:
-        loop.train(whole[1], run_folder, quiet=True, explicit={"steps": "8"})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
+        with pytest.raises(
+            ConfigError, match=r"step 8 is not saved \(No space left on device\); .*from step 6"
+        ) as error:
+            loop.train(whole[1], run_folder, quiet=True, explicit={"steps": "8", "checkpoint_every": "1"})
     assert "\n" not in str(error.value)
+    said = capsys.readouterr().err
+    assert (
+        said.count("checkpoint 7 could not be written (No space left on device); the older ones are intact (3, 6)") == 1
+    )
+    assert "step 8/8: loss" in said
+    loop.train(whole[1], run_folder, quiet=True)
+    assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == ["7", "8"]
 
 
 def test_a_sample_continues_a_heldout_document(whole, run_folder, capsys):
@@ -437,3 +516,169 @@ def test_configurations_are_json_of_this_run(whole):
     folder, config = whole
     assert configuration.from_dict(json.loads((folder / "config.json").read_text())) == config
     assert jnp.asarray(0).dtype == jnp.int32
+
+
+def spike_in(monkeypatch, *steps: int):
+    """The rows of these steps, as the data gives them, make every step that reads one of them a spike."""
+    make = loop.jit_train_step
+
+    def spiky(config):
+        step_fn = make(config)
+
+        def call(state, batch, knobs):
+            state, metrics = step_fn(state, batch, knobs)
+            return state, metrics.replace(spike=bool(here & set(map(bytes, np.asarray(batch.tokens[0])))))
+
+        return call
+
+    here: set[bytes] = set()
+
+    def rows(*args):
+        made = train_rows(*args)
+        here.update(made[8 * step + i]["tokens"].tobytes() for step in steps for i in range(8))
+        return made
+
+    monkeypatch.setattr(loop, "jit_train_step", spiky)
+    monkeypatch.setattr(loop, "train_rows", rows)
+
+
+def rolling(texts, **changes):
+    return runs.micro(texts, steps=12, faults=FaultsConfig(on_spike="rollback", rollback_steps=2), **changes)
+
+
+@pytest.fixture(scope="module")
+def rolled(texts, tmp_path_factory):
+    """A run with a spike in its eighth step, which went back."""
+    folder, config = tmp_path_factory.mktemp("rolled") / "run", rolling(texts)
+    with pytest.MonkeyPatch.context() as patch:
+        share(patch)
+        spike_in(patch, 7)
+        loop.train(config, folder, quiet=True)
+    return folder, config
+
+
+def test_a_rollback_passes_over_the_documents_and_leaves_a_run_that_never_saw_them(rolled, tmp_path):
+    folder, config = rolled
+    (entry,) = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    assert (entry["step"], entry["from_step"], entry["rows"]) == (8, 5, [40, 64])
+    kinds = [row["kind"] for row in read_lines(folder / "incidents.jsonl")]
+    assert kinds == ["spike", "resume", "rollback"]
+    facts = json.loads((folder / "spikes" / "step-00000008.json").read_text())
+    assert facts["rows"] == list(range(56, 64)) and len(facts["documents"]) == 8 and all(facts["documents"])
+    assert np.sqrt(np.sum(np.square(list(facts["grad_norm_of"].values())))) == pytest.approx(
+        facts["grad_norm"], rel=1e-5
+    )
+    assert "model/head" in facts["grad_norm_of"] or "head" in facts["grad_norm_of"]
+    shutil.copy(folder / "skipped.jsonl", tmp_path)  # a run that passes over the same rows from its start
+    loop.train(config, tmp_path, quiet=True)
+    runs.assert_same_run(folder, tmp_path, config)
+
+
+@pytest.mark.parametrize("moment", ["drop_after", pytest.param("newest", marks=pytest.mark.slow)])
+def test_a_rollback_that_was_killed_is_made_again(rolled, tmp_path, monkeypatch, moment):
+    folder, config = rolled
+    config = replace(config, checkpoint_every=1)  # so that there are checkpoints from after the rows passed over
+    with monkeypatch.context() as patch:
+        spike_in(patch, 7)
+        calls = iter([False, True] if moment == "newest" else [True])
+        work = getattr(loop.Checkpoints, moment)
+        patch.setattr(loop.Checkpoints, moment, lambda self, *a: die() if next(calls) else work(self, *a))
+        with pytest.raises(Killed):
+            loop.train(config, tmp_path, quiet=True)
+    loop.train(config, tmp_path, quiet=True)
+    assert runs.rows(tmp_path) == runs.rows(folder)
+
+
+def test_too_many_rollbacks_end_the_run(texts, tmp_path, monkeypatch):
+    config = rolling(texts)
+    spike_in(monkeypatch, 3, 8, 11)
+    config = replace(config, faults=replace(config.faults, max_rollbacks=2))
+    with pytest.raises(ConfigError, match=r"a spike after 2 rollbacks \(faults.max_rollbacks\)"):
+        loop.train(config, tmp_path, quiet=True)
+
+
+def test_a_source_that_stalls_saves_and_ends_and_the_run_goes_on(whole, tmp_path, monkeypatch, capsys):
+    folder, config = whole
+    over = threading.Event()
+
+    class Stuck(TrainRows):
+        def __getitem__(self, row):
+            return over.wait() if row >= 32 else super().__getitem__(row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_rows", lambda *args: Stuck(*args[:4]))
+        faults = FaultsConfig(stall_warn_s=0.3, stall_stop_s=1)
+        with pytest.raises(ConfigError, match=r"no batch for 1 s .*texts does not answer"):
+            loop.train(replace(config, faults=faults), tmp_path, quiet=True)
+        over.set()
+    assert f"waiting for data.sources={config.data.sources[0]}" in capsys.readouterr().err
+    loop.train(config, tmp_path, quiet=True)
+    assert f"resuming {tmp_path} at step 4" in capsys.readouterr().err
+    runs.assert_same_run(folder, tmp_path, config)
+
+
+def test_the_best_and_every_third_checkpoint_are_kept(whole, tmp_path):
+    config = replace(whole[1], steps=9, checkpoint_every=1, keep_checkpoints=1, keep_every=4, keep_best=1)
+    loop.train(config, tmp_path, quiet=True)
+    losses = {row["step"]: row["heldout_nats"] for row in runs.rows(tmp_path) if row["kind"] == "eval"}
+    kept = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {4, 8, 9, min(losses, key=losses.get)}
+
+
+def test_a_trace_of_some_steps(whole, tmp_path):
+    loop.train(whole[1], tmp_path, quiet=True, profile=(2, 3))
+    assert list((tmp_path / "tensorboard").rglob("*.xplane.pb"))
+
+
+def test_time_is_accounted_for(whole):
+    rows = list(read_lines(whole[0] / "goodput.jsonl"))
+    assert [(row["kind"], row["step"]) for row in rows] == [("start", 0)] + [("interval", n) for n in (2, 4, 6)] + [
+        ("end", 6)
+    ]
+    seconds = {name for row in rows for name in row["seconds"]}
+    assert {"restart", "compile", "input", "step", "checkpoint", "eval"} <= seconds
+    wall = rows[-1]["time"] - rows[0]["time"]
+    assert sum(sum(row["seconds"].values()) for row in rows[1:]) == pytest.approx(wall, abs=0.1)
+
+
+def test_a_device_that_computes_wrong_ends_the_run(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.CorruptionCheck, "__call__", lambda *_: ["moe/w_up", "head"])
+    config = replace(whole[1], faults=FaultsConfig(check_every=2))
+    with pytest.raises(
+        ConfigError, match=r"step 1: silent data corruption: .* other gradients of moe/w_up, head; test"
+    ):
+        loop.train(config, tmp_path, quiet=True)
+    assert list(read_lines(tmp_path / "incidents.jsonl"))[-1]["kind"] == "corruption"
+
+
+def test_the_page_of_a_run_holds_its_rows(whole):
+    folder, config = whole
+    found = digest.Digest(lines.read_lines(folder / "metrics.jsonl"))
+    charts = {chart["id"]: chart for chart in curves.charts(found, config)}
+    assert set(charts) >= {"loss", "heldout", "grad_norm", "learning_rate", "tokens_per_s", "batch", "mtp_weight"}
+    rows = [row for row in runs.rows(folder) if row["kind"] == "train"]
+    drawn = next(series["y"] for series in charts["loss"]["series"] if series["name"] == "training")
+    np.testing.assert_allclose(drawn, [row["loss"] for row in rows], rtol=1e-4)
+    assert charts["batch"]["series"][0]["y"] == [config.batch_size * config.seq_len] * len(rows)
+    assert found.loads.shape == np.shape(rows[0]["load"])
+    assert found.step == config.steps
+    assert "All steps are done." in page.page(folder)
+
+
+def test_a_phase_goes_on_from_another_run_and_resumes_bit_for_bit(whole, tmp_path, monkeypatch):
+    came, config = whole
+    phase = replace(
+        config, name="phase", steps=4, keep_checkpoints=3, optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=0)
+    )
+    for name in ("one", "killed"):
+        with monkeypatch.context() as patch:
+            if name == "killed":
+                at_step(patch, 2, die)
+            with pytest.raises(Killed) if name == "killed" else contextlib.nullcontext():
+                loop.train(phase, tmp_path / name, quiet=True, source=came)
+        first, last = runs.state(tmp_path / "one", config, 0), runs.state(came, config)
+        assert all(np.array_equal(first[name], last[name]) for name in last if name not in ("step", "history"))
+        assert first["step"] == 0
+    loop.train(phase, tmp_path / "killed", quiet=True)
+    runs.assert_same_run(tmp_path / "one", tmp_path / "killed", config)
+    assert configuration.load(tmp_path / "one" / "config.json").data.tokenizer == "run"

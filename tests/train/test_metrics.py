@@ -8,7 +8,8 @@ import pytest
 from matplotlib.image import imread
 
 from dsjax.state import Metrics, RouterBias
-from dsjax.train.metrics import Interval, Recorder, read_rows
+from dsjax.train.lines import read_lines
+from dsjax.train.metrics import Interval, Recorder
 from dsjax.train.picture import draw
 
 
@@ -19,7 +20,9 @@ def metrics(loss=1.0, skipped=0, in_a_row=0, overflow=0, layers=2, depth=1, expe
     load = RouterBias(np.full((layers, experts), 5, np.float32), np.full((depth, experts), 5, np.float32))
     n = layers + depth
     counts = map(np.int32, (overflow, skipped, in_a_row))
-    return Metrics(f(loss), f([loss] * depth), f(0.1), f(2.0), load, f([0.5] * n), *counts)
+    return Metrics(
+        f(loss), f([loss] * depth), f(0.1), f(2.0), load, f([0.5] * n), *counts, np.False_, f([2.0, 1.0]), f([1.0])
+    )
 
 
 def test_a_row_is_the_mean_of_its_steps():
@@ -97,7 +100,7 @@ def test_a_resumed_run_drops_what_comes_after_its_step(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # cut short by a kill
     record(tmp_path, [3, 4, 5], start=2)
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert [step for step, _ in events(tmp_path)["train/loss"]] == [1, 2, 3, 4, 5]
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
@@ -123,7 +126,7 @@ def test_what_was_cut_short_in_tensorboard_is_written_anew(tmp_path):
 def test_a_run_that_begins_again_forgets_the_one_that_got_nowhere(tmp_path):
     record(tmp_path, [0, 1, 2])
     record(tmp_path, [0, 1])
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == [0, 1]
 
 
 def test_lines_are_json_that_every_reader_takes(tmp_path):
