@@ -155,9 +155,9 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(saved, state, tmp_path):
     """One bit of every file of the newest checkpoint, and some more of the large ones."""
     draw, like = np.random.default_rng(0), abstract_state(CONFIG, ONE)
     files = [p for p in (saved / "checkpoints" / "3").rglob("*") if p.is_file() and p.stat().st_size]
-    large = [p for p in files if p.stat().st_size > 5000]
+    arrays = [p for p in files if p.stat().st_size > 20_000]  # most of their bits matter, few of the small files' do
     passed_over = 0
-    for path in [*draw.choice(files, 6, replace=False), *draw.choice(large, 4)]:
+    for path in [*draw.choice(files, 4, replace=False), *draw.choice(arrays, 6)]:
         whole, told = path.read_bytes(), []
         data = bytearray(whole)
         data[draw.integers(len(data))] ^= 1 << draw.integers(8)
@@ -168,7 +168,7 @@ def test_a_flipped_bit_anywhere_is_found_or_harmless(saved, state, tmp_path):
         assert_equal(restored, state)
         assert step == (2 if told else 3)
         passed_over += step == 2
-    assert passed_over >= 4
+    assert passed_over >= 2
 
 
 def test_what_the_disk_does_not_give_back_is_passed_over_at_once(tmp_path, state, monkeypatch):
