@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import os
-import tempfile
 import types
 import typing
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any, Literal
 import pydantic
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+
+from dsjax.files import write_json
 
 _STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -483,16 +484,7 @@ def save(config: Config, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     values = {name: value for name, value in to_dict(config).items() if name != "distributed"}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(json.dumps(values, indent=2) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_umask())  # a temporary file is born readable by its owner only
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    write_json(path, values)
 
 
 def load(path: str | os.PathLike) -> Config:
@@ -692,12 +684,6 @@ def _line_of(message: str, text: str) -> str:
     key = message.partition(":")[0].partition("=")[0].rpartition(".")[2]
     lines = [i for i, line in enumerate(text.splitlines(), 1) if f'"{key}"' in line]
     return f", line {lines[0]}" if len(lines) == 1 else ""
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _unknown(name: str, kind) -> str:

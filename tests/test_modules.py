@@ -16,16 +16,17 @@ FLOORS = {
     "pallas_kernels": (),
     "sharding": ("pallas_kernels",),
     "dsjax": (),
-    "dsjax.config": (),
+    "dsjax.files": (),
+    "dsjax.config": ("dsjax.files",),
     "dsjax.state": (),
     "configs": ("dsjax.config",),
     "dsjax.precision": ("dsjax.config", "pallas_kernels"),
     "dsjax.nn": ("dsjax.config", "dsjax.precision", "sharding", "pallas_kernels"),
 }
 FLOORS["dsjax.model"] = (*FLOORS["dsjax.nn"], "dsjax.nn", "dsjax.state")
-MODEL = (*FLOORS["dsjax.model"], "dsjax.model")
+MODEL = (*FLOORS["dsjax.model"], "dsjax.model", "dsjax.files")
 FLOORS |= {f"dsjax.{room}": MODEL for room in ("train", "infer", "data", "plan", "hub")}
-FLOORS["dsjax.claims"] = ("dsjax.config", "dsjax.data", "dsjax.hub", "dsjax.infer", "dsjax.train")
+FLOORS["dsjax.claims"] = ("dsjax.config", "dsjax.files", "dsjax.data", "dsjax.hub", "dsjax.infer", "dsjax.train")
 FLOORS["dsjax.posttrain"] = (*MODEL, "dsjax.infer", "dsjax.train")
 # What rooms that stand beside each other have opened to one another.
 DOORS = {

@@ -5,8 +5,6 @@ arXiv:2412.19437, appendix B.1: a relative loss difference below 0.25%.
 Every training is a run folder of its own, so that a claim that was stopped goes on where it was.
 """
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsjax.config import Config, ConfigError, override, replace
+from dsjax.files import replacing, write_json
 from dsjax.train import loop
 from dsjax.train.lines import read_lines
 
@@ -63,9 +62,7 @@ def test(config: Config, folder: Path, n_seeds: int, say: Callable[[str], None])
     folder.mkdir(parents=True, exist_ok=True)
     whole = {**result, "preset": config.name, "steps": config.steps, "machine": loop.machine()}
     whole["tokens"] = config.steps * config.batch_size * config.seq_len
-    part = folder / "claim.part.json"
-    part.write_text(json.dumps(whole, indent=2) + "\n")
-    os.replace(part, folder / "claim.json")
+    write_json(folder / "claim.json", whole)
     draw(losses, n_seeds, folder / "claim.png")
     return whole
 
@@ -163,6 +160,5 @@ def draw(losses: dict[tuple[str, int], np.ndarray], n_seeds: int, path: Path) ->
         for panel in (left, right):
             panel.set_xlim(0, 1.02 * steps[-1])
             panel.legend()
-        part = path.with_suffix(".part.png")
-        figure.savefig(part, dpi=110)
-        os.replace(part, path)
+        with replacing(path) as file:
+            figure.savefig(file, dpi=110)

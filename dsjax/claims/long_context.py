@@ -10,7 +10,6 @@ folders, so that a claim that was stopped goes on where it was.
 
 import json
 import math
-import os
 import random
 import string
 import time
@@ -32,6 +31,7 @@ from dsjax.config import (
     replace,
 )
 from dsjax.data.sources import read_documents
+from dsjax.files import write_json, write_text
 from dsjax.hub.load import load
 from dsjax.infer import needle
 from dsjax.train import loop
@@ -132,7 +132,7 @@ def test(config: Config, steps: int, trials: int, folder: Path, say: Callable[[s
         "seconds": clock.seconds,
         "machine": loop.machine(),
     }
-    needle.write_json(whole, folder / "claim.json")
+    write_json(folder / "claim.json", whole)
     titles = (
         f"{config.steps:,} steps at {config.seq_len}",
         "the same, with YaRN",
@@ -235,9 +235,7 @@ def document(draw: random.Random, n_bytes: int, n_keys: int, fill: float, asking
 
 
 def _write(path: Path, texts: Iterator[str]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def _train(config: Config, run: Path, source: Path | None, say) -> None:

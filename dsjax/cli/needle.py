@@ -9,6 +9,7 @@ from dsjax.cli.find import find_model
 from dsjax.cli.output import note, print_table
 from dsjax.cli.verb import NATURAL, POSITIVE, Verb
 from dsjax.config import ConfigError, show
+from dsjax.files import write_json
 
 
 class Numbers(click.ParamType):
@@ -83,7 +84,7 @@ def needle(source, lengths, depths, trials, needle, others, text, seed, checkpoi
         say=note,
     )
     place.mkdir(parents=True, exist_ok=True)
-    needles.write_json(result, place / "needle.json")
+    write_json(place / "needle.json", result)
     needles.draw([result], place / "needle.png")
     if as_json:
         return click.echo(json.dumps(result, indent=2))

@@ -8,12 +8,10 @@ import gzip
 import hashlib
 import json
 import lzma
-import os
 import platform
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from dsjax.data.documents import TokenizedDocuments, uniforms
 from dsjax.data.sources import Document, read_documents
 from dsjax.data.split import split_table, split_tokens
 from dsjax.data.tokenizer import Tokenizer, bytes_tokenizer, check_vocabulary, train_bpe
+from dsjax.files import read_json, replacing
 
 BPE_BYTES = 1 << 28  # a larger corpus trains its tokenizer on documents drawn to about this size
 ENCODE_BYTES = 1 << 20  # text encoded at a time
@@ -297,23 +296,3 @@ def _file_digest(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return None
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; empty where the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-@contextmanager
-def replacing(path: Path):
-    """A binary file to write that takes its name when it is whole."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(draft, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from dsjax.config import ConfigError
 from dsjax.data.blocks import BadShard, Shard, ShardReader, file_state
+from dsjax.files import replacing
 
 CHUNK = 1 << 23
 TRIES, WAIT_S = 4, 1.0  # of a fetch that fails; each wait is twice the last
@@ -75,12 +76,8 @@ class Place:
             if self.local is None:
                 self.fs.pipe_file(f"{self.root}/{file}", data)
                 return
-            draft = self.local / f".{file}.{os.getpid()}.tmp"
-            with open(draft, "wb") as out:
+            with replacing(self.local / file) as out:
                 out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(draft, self.local / file)
 
     def put(self, draft: Path, file: str) -> None:
         """Moves a whole local file here."""

@@ -8,12 +8,13 @@ import numpy as np
 
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data.blocks import BadShard
-from dsjax.data.corpus import Corpus, digest, read_json, replacing
+from dsjax.data.corpus import Corpus, digest
 from dsjax.data.documents import TokenizedDocuments
 from dsjax.data.manifest import load_manifest, load_tokenizer, stored_sources, tokenizer_digest
 from dsjax.data.places import ShardCache
 from dsjax.data.tokenizer import Tokenizer, bytes_tokenizer, check_vocabulary
 from dsjax.data.windows import Stored
+from dsjax.files import read_json, replacing
 
 HELDOUT_TOKENS = 1 << 24  # of a folder; what is more is not read
 

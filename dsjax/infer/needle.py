@@ -10,8 +10,6 @@ next is the value. Scored are the likeliest tokens at its places (greedy decodin
 
 import dataclasses
 import functools
-import json
-import os
 import re
 import string
 from collections import Counter
@@ -28,6 +26,7 @@ from flax import nnx
 from dsjax.config import PLAIN, ComputeConfig, ConfigError, DataConfig, ModelConfig, replace, show
 from dsjax.data.sources import read_documents
 from dsjax.data.tokenizer import Tokenizer
+from dsjax.files import replacing
 from dsjax.hub.load import Loaded, load
 from dsjax.model.transformer import DeepSeek
 from dsjax.precision import RECIPES, cast_weights
@@ -252,12 +251,6 @@ def _guesses(model: DeepSeek, batch: Batch, router_bias: RouterBias, most: int, 
     return jnp.argmax(model.logits(hidden), axis=-1)
 
 
-def write_json(result: Any, path: Path) -> None:
-    part = path.with_suffix(".part.json")
-    part.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(part, path)
-
-
 def draw(results: Sequence[dict[str, Any]], path: Path, titles: Sequence[str] = ()) -> None:
     """Heat maps side by side, depth by length, as PNG: the share of the value's tokens that were found."""
     import matplotlib
@@ -290,9 +283,8 @@ def draw(results: Sequence[dict[str, Any]], path: Path, titles: Sequence[str] = 
             panel.tick_params(length=0, colors=INK)
         panels[0].set_ylabel("needle's place: 0% = the beginning")
         figure.colorbar(image, ax=panels.tolist(), label="% of the value's tokens found", pad=0.01)
-        part = path.with_suffix(".part.png")
-        figure.savefig(part, dpi=110)
-        os.replace(part, path)
+        with replacing(path) as file:
+            figure.savefig(file, dpi=110)
 
 
 def _mark_trained(panel, result) -> None:

@@ -51,7 +51,7 @@ def owned(run_folder: Path):
     with (run_folder / "lock").open("a+") if first else contextlib.nullcontext() as lock:
         if first:
             _lock(lock, run_folder)
-            for leftover in run_folder.glob(".config.json.*"):  # of a process killed while it wrote
+            for leftover in run_folder.glob(".*.tmp"):  # of a process killed while it wrote
                 leftover.unlink(missing_ok=True)
         written = from_first(lambda: (run_folder / "lock").read_text())
         if not first and _read(run_folder / "lock") != written:

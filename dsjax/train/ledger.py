@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsjax.data.corpus import replacing
+from dsjax.files import write_text
 from dsjax.train import processes
 
 
@@ -47,8 +47,7 @@ class Ledger:
         self.entries.append(entry)
         if not write:
             return
-        with replacing(self.path) as file:
-            file.write("".join(json.dumps(e) + "\n" for e in self.entries).encode())
+        write_text(self.path, "".join(json.dumps(e) + "\n" for e in self.entries))
 
     def stale_after(self, known: int) -> int | None:
         """The last step that a checkpoint from when the ledger had `known` entries may be of; None = any."""

@@ -160,7 +160,7 @@ class Run:
                 )
             self.journal.goodput.start(first, time.time() - began)
             if first and self._due(first, config.eval_every) and not self._evaluated(first):
-                self._evaluate(first, state)
+                self._evaluate(first, self.average.join(state))
             with Profile(profile, self.folder / "tensorboard") as self.profile:
                 done = self._steps(first, state)
             self.recorder.draw(at_once=True)  # with no step left too: a kill may have come before the last picture
@@ -282,10 +282,14 @@ class Run:
             if log:
                 self._log(done)
             with self._clock_stands():
+                if evaluate or save or stop:
+                    with self.span("checkpoint"):
+                        whole = self.average.join(state)
                 if evaluate and not stop:
-                    self._evaluate(done, state)
+                    self._evaluate(done, whole)
                 if save or stop:
-                    self._save(done, state)
+                    self._save(done, whole)
+                whole = None  # the average leaves the devices again
                 if stalled:
                     self.checkpoints.wait()
                     raise stalled
@@ -345,9 +349,7 @@ class Run:
         row = self.recorder.last("eval")
         score = row["heldout_nats"] if row is not None and row["step"] == done else None
         with self.span("checkpoint"):
-            self.checkpoints.save(
-                done, self.average.join(state), self.interval.notes | {"passed": len(self.ledger)}, score
-            )
+            self.checkpoints.save(done, state, self.interval.notes | {"passed": len(self.ledger)}, score)
 
     def _check(self, done: int, state: TrainState, batch: Batch) -> None:
         """Raises ConfigError if two layouts of the devices disagree about a micro-batch's gradients."""
@@ -510,7 +512,7 @@ class Run:
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         with self.span("eval"):
-            self.report.evaluation(self.recorder.write("eval", step, self.heldout(self.average.join(state))))
+            self.report.evaluation(self.recorder.write("eval", step, self.heldout(state)))
             if self.sampler and self.mesh.size == 1:
                 self._sample(step, state)
             self.recorder.draw()

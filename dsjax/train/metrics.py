@@ -4,13 +4,13 @@ import contextlib
 import errno
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dsjax.files import replacing, write_text
 from dsjax.state import Metrics
 from dsjax.train.events import EventFile
 from dsjax.train.journal import Lines
@@ -77,9 +77,7 @@ class Recorder:
         self.rows = [row for row in self.rows if row["step"] <= step] if step else []
         if not self.writes:
             return
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(map(_line, self.rows)))
-        os.replace(part, self.path)
+        write_text(self.path, "".join(map(_line, self.rows)))
         self.lines = Lines(self.path)
         self._to_board()
 
@@ -102,10 +100,8 @@ class Recorder:
             return
         from dsjax.train.picture import draw  # here: matplotlib is slow to import
 
-        part = self.folder / "loss.part.png"
-        with no_room():
-            draw(self.rows, part)
-            os.replace(part, self.folder / "loss.png")
+        with no_room(), replacing(self.folder / "loss.png") as file:
+            draw(self.rows, file)
         self.drawn_at = time.monotonic()
 
     def close(self) -> None:

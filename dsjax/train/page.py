@@ -7,7 +7,6 @@ from loading anything and from running any script but that one.
 import base64
 import datetime
 import hashlib
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import jinja2
 
 from dsjax import config as configuration
 from dsjax.config import Config, ConfigError, field_rows, show
+from dsjax.files import replacing
 from dsjax.plan.count import human
 from dsjax.train import goodput_summary
 from dsjax.train.curves import charts
@@ -45,12 +45,8 @@ MEANING = {
 def write(run_folder: Path, path: Path, preset: Config | None = None, version: str = "") -> int:
     """Writes the page, whole or not at all; returns its bytes. `preset` is what the configuration is compared with."""
     data = page(run_folder, preset, version).encode()
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(data)
     return len(data)
 
 

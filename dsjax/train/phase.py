@@ -9,7 +9,6 @@ import contextlib
 import fcntl
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 from dsjax import config as configuration
 from dsjax.config import Config, ConfigError, replace, show
 from dsjax.data.tokenizer import TOKENIZER_FILES
+from dsjax.files import write_json
 from dsjax.state import TrainState
 from dsjax.train.checkpoint import Checkpoints, abstract_state, has_checkpoint
 from dsjax.train.folder import differences, take_lock
@@ -90,9 +90,7 @@ def _take_over(source: Path, run_folder: Path) -> None:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, run_folder / name)
-    part = run_folder / f"{_FILE}.part"
-    part.write_text(json.dumps(asdict(found), indent=2) + "\n")
-    os.replace(part, run_folder / _FILE)
+    write_json(run_folder / _FILE, asdict(found))
 
 
 def first_state(came: Origin, config: Config, mesh, say: Callable[[str], None]) -> TrainState:

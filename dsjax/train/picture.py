@@ -1,7 +1,7 @@
 """loss.png: loss, held-out bits a byte beside gzip and xz, MaxVio, and the load of every expert."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib
 import numpy as np
@@ -26,7 +26,7 @@ STYLE = {
 }
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: list[dict[str, Any]], to: Path | BinaryIO) -> None:
     """Four panels of the rows of a metrics.jsonl, as PNG."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 8.5), layout="constrained")
@@ -39,7 +39,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         _bits(bits, held)
         _violation(violation, train, run)
         _load(figure, load, train, run)
-        figure.savefig(path, dpi=110)
+        figure.savefig(to, dpi=110)
 
 
 def _loss(panel, train, held) -> None:

@@ -310,7 +310,7 @@ def test_the_command_writes_the_page_and_refuses_in_one_line(tmp_path, monkeypat
         assert (result.exit_code, result.stdout, result.stderr) == (2, "", f"dsjax: {line}\n")
     result = run("runs/tiny", "--out=nowhere/a.html")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_the_command_brings_no_jax(tmp_path):
