@@ -7,6 +7,7 @@ one that compiles; prefill is timed alone and taken off.
 """
 
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -48,19 +49,23 @@ def dsjax(prompt: int, new: int) -> dict:
     import jax
     from flax import nnx
 
-    from dsjax.config import ModelConfig
+    from dsjax.config import ComputeConfig, Config, EngineConfig, ModelConfig
+    from dsjax.hub.load import Loaded
     from dsjax.infer.generate import generate_tokens
     from dsjax.model.transformer import DeepSeek, init_router_bias
     from sharding.mesh import make_mesh
 
     cfg = ModelConfig(**common.SHAPE)
-    with jax.set_mesh(make_mesh()):
+    mesh = make_mesh()
+    with jax.set_mesh(mesh):
         model = jax.jit(lambda: DeepSeek(cfg, rngs=nnx.Rngs(0)))()
-        bias = init_router_bias(cfg)
+        compute = ComputeConfig(precision="float32")
+        loaded = Loaded(model, init_router_bias(cfg), mesh, Config(model=cfg, seq_len=256, compute=compute), Path())
 
         def generate(batch, n):
             rows = prompts(batch, prompt).tolist()
-            out = np.concatenate(list(generate_tokens(model, bias, rows, max_tokens=n)), axis=1)
+            options = EngineConfig(max_rows=batch, n_draft=0, max_model_len=prompt + new)
+            out = np.array(generate_tokens(loaded, rows, options=options, max_tokens=n, temperature=0.0))
             assert out.shape == (batch, n)
 
         return measure(generate, prompt, new)

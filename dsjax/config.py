@@ -365,6 +365,34 @@ class FaultsConfig:
     stall_stop_s: float = Field(1800, gt=0, description="seconds without a batch after which it saves and ends")
 
 
+@_config
+class EngineConfig:
+    """How a model is served."""
+
+    max_rows: int = Field(8, gt=0, description="requests computed at once, over all devices")
+    max_model_len: int | None = Field(None, gt=1, description="tokens of a prompt and its text; none = the model's")
+    cache_tokens: int | None = Field(None, gt=0, description="tokens in the cache; none = max_rows of max_model_len")
+    page_size: int = Field(32, gt=0, description="tokens a page of the cache")
+    prefill_chunk: int = Field(128, gt=0, description="tokens of a prompt read at once; beginnings shared by prompts")
+    n_draft: int = Field(1, ge=0, le=8, description="tokens drafted a step by multi-token prediction; 0 = none")
+    one_shape: bool = Field(False, description="always all rows and pages: slower, and bits do not depend on the load")
+
+    def __post_init__(self):
+        if self.prefill_chunk % self.page_size:
+            raise ConfigError(f"prefill_chunk={self.prefill_chunk}: expected a multiple of page_size={self.page_size}")
+
+
+@_config
+class ServerConfig:
+    """How it is offered over HTTP."""
+
+    api_key: str | None = Field(None, description="bearer key that /v1 asks for; none = anyone who can connect")
+    max_waiting: int = Field(256, ge=0, description="requests that may wait; more get 429")
+    max_body_mib: float = Field(8, gt=0, description="largest body of a request")
+    timeout_s: float = Field(600, gt=0, description="seconds after which a request is ended")
+    drain_s: float = Field(30, ge=0, description="seconds that running requests get at the end")
+
+
 def more_room(compute: ComputeConfig) -> ComputeConfig:
     """The same with twice the room for rows in the experts' buffers."""
     return replace(compute, expert_buffer=2 * compute.expert_buffer)

@@ -29,27 +29,89 @@ class Routing:
 
 @struct.dataclass
 class LatentCache:
-    """What MLA keeps of past tokens: one latent per token, shared by all heads."""
+    """What MLA keeps of past tokens, in pages: one latent per token, shared by all heads."""
 
-    c_kv: jax.Array  # [B, S, kv_lora_rank]
-    k_rope: jax.Array  # [B, S, qk_rope_head_dim]
+    c_kv: jax.Array  # [L, P, S, kv_lora_rank], S tokens a page
+    k_rope: jax.Array  # [L, P, S, qk_rope_head_dim]
 
 
 @struct.dataclass
 class KVCache:
-    """What plain multi-head attention keeps of past tokens."""
+    """What plain multi-head attention keeps of past tokens, in pages."""
 
-    k: jax.Array  # [B, S, H, head_dim]
-    v: jax.Array  # [B, S, H, head_dim]
+    k: jax.Array  # [L, P, S, H, head_dim]
+    v: jax.Array  # [L, P, S, H, head_dim]
 
 
 @struct.dataclass
-class Cache:
-    """Past tokens of all layers: leaves of `dense` and `moe` start with the number of such layers, or are lists."""
+class Places:
+    """Where the past of each row lies in the pages of a layer."""
 
-    dense: LatentCache | KVCache
-    moe: LatentCache | KVCache
+    table: jax.Array  # [B, N] int32, a row's pages in order, among those of its shard; 0: none
     length: jax.Array  # [B] int32, tokens already written
+    layer: jax.Array  # [] int32
+
+
+@struct.dataclass
+class Sampling:
+    """How each row is sampled."""
+
+    temperature: jax.Array  # [B] float32, 0: the likeliest token
+    top_k: jax.Array  # [B] int32, 0: all
+    top_p: jax.Array  # [B] float32
+    min_p: jax.Array  # [B] float32, of the likeliest token's probability
+    seed: jax.Array  # [B] uint32
+
+
+@struct.dataclass
+class Logprobs:
+    """Of the tempered distribution, before top-k, top-p and min-p; temperature 0 counts as 1."""
+
+    chosen: jax.Array  # [B, T] float32
+    top: jax.Array  # [B, T, 20] float32, falling
+    top_ids: jax.Array  # [B, T, 20] int32
+
+
+@struct.dataclass
+class Replicas:
+    """Where the experts are, if some have several places: of the trunk's expert layers."""
+
+    place: jax.Array  # [L, E, R] int32, an expert's places one after another, again and again up to R of them
+    count: jax.Array  # [L, E] int32, how many different ones
+
+
+@struct.dataclass
+class Weights:
+    """All that a program reads and does not change."""
+
+    model: Any  # DeepSeek
+    layers: Any  # Layers or None, the blocks one by one, for CPUs
+    router_bias: Any  # RouterBias
+    replicas: Replicas | None = None
+
+
+@struct.dataclass
+class Rows:
+    """The rows of a step. A row without a request has only zeros."""
+
+    tokens: jax.Array  # [B, T] int32: a step's last token and drafts; a part of the prompt
+    table: jax.Array  # [B, N] int32, pages
+    length: jax.Array  # [B] int32, tokens in the cache
+    sampling: Sampling
+    added: jax.Array  # [B, V] float32, to the logits: logit bias, penalties, what a grammar forbids
+    factor: jax.Array  # [B, V] float32: logits above 0 are divided by it, those below multiplied
+    want_logprobs: jax.Array  # [] bool
+
+
+@struct.dataclass
+class Stepped:
+    """What the host learns of a step."""
+
+    tokens: jax.Array  # [B, T] int32; the first `accepted` + 1 are the text
+    accepted: jax.Array  # [B] int32
+    drafts: jax.Array  # [B, n_draft] int32, for the next step
+    logprobs: Logprobs
+    indices: jax.Array  # [expert layers, B, T, K] int32, of the trunk
 
 
 @struct.dataclass

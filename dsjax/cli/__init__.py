@@ -17,6 +17,7 @@ from dsjax.cli.model import evaluate, generate
 from dsjax.cli.needle import needle
 from dsjax.cli.plan import plan
 from dsjax.cli.report import report
+from dsjax.cli.serve import serve
 from dsjax.cli.settings import config, presets
 from dsjax.cli.train import train
 from dsjax.cli.verb import Dsjax
@@ -39,6 +40,7 @@ def cli():
 for command in (
     train,
     generate,
+    serve,
     presets,
     config,
     evaluate,

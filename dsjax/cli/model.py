@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import click
 
@@ -29,6 +30,9 @@ Examples:
 @click.option("--max-tokens", type=POSITIVE, default=200, show_default=True, help="Longest continuation.")
 @click.option("--seed", type=NATURAL, default=0, show_default=True, help="The same seed writes the same text.")
 @click.option("--checkpoint", type=NATURAL, metavar="STEP", help="Step of the checkpoint.  [default: the newest]")
+@click.option("--batch", metavar="FILE", help="Prompts, one a line as JSON; with --out.")
+@click.option("--out", metavar="FILE", help="Where their continuations go, one a line; what it has is not done again.")
+@click.option("--max-rows", type=POSITIVE, default=8, show_default=True, help="Prompts computed at once, with --batch.")
 def generate(
     source: str,
     prompt: str | None,
@@ -39,12 +43,17 @@ def generate(
     max_tokens: int,
     seed: int,
     checkpoint: int | None,
+    batch: str | None,
+    out: str | None,
+    max_rows: int,
 ):
     """Continue a prompt with MODEL, streaming to standard output.
 
     MODEL is a run folder, a Hub checkpoint's folder, or a Hub name (OWNER/NAME), which is fetched. A prompt from
     standard input is taken without its last line break.
     """
+    if (batch is None) != (out is None) or (batch is not None and (prompt is not None or chat)):
+        raise ConfigError("--batch: expected with --out, and without --prompt and --chat")
     if system is not None and not chat:
         raise ConfigError(f"--system={show(system)}: expected --chat with it")
     folder = find_model(source)
@@ -52,13 +61,24 @@ def generate(
 
     if checkpoint is not None and is_hub_folder(folder):
         raise ConfigError(f"--checkpoint={checkpoint}: {folder} is no run folder, and has one set of weights")
+    options = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    if batch is not None:
+        from dsjax.config import EngineConfig
+        from dsjax.hub.load import load as load_model
+        from dsjax.infer.batch import run_batch
+
+        progress = sys.stderr.isatty()
+        loaded = load_model(folder, step=checkpoint, progress=progress, say=note)
+        n = run_batch(
+            loaded, Path(batch), Path(out), EngineConfig(max_rows=max_rows), options, progress=progress, say=note
+        )
+        return note(f"{n} continuations in {out}")
     prompt = read_prompt() if prompt in (None, "-") else prompt
     from dsjax.infer.generate import stream
 
     if sys.stdout.isatty() and not chat:
         sys.stdout.write(prompt)  # a reader wants the whole; a pipe, what is new
-    options = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed, "step": checkpoint}
-    for text in stream(folder, prompt, chat=chat, system=system, say=note, **options):
+    for text in stream(folder, prompt, chat=chat, system=system, say=note, step=checkpoint, **options):
         sys.stdout.write(text)
         sys.stdout.flush()
     if sys.stdout.isatty():

@@ -87,16 +87,10 @@ class Tokenizer:
 
     def decode_stream(self, ids: Iterable[int], skip_special: bool = True) -> Iterator[str]:
         """Pieces of `decode(ids)` as soon as they are whole characters; what never becomes one comes last."""
-        held, done = [], 0  # tokens since the last whole character but one piece, and how many of them are out
-        for id in ids:
-            held.append(int(id))
-            before, text = self.decode(held[:done], skip_special), self.decode(held, skip_special)
-            if len(text) > len(before) and not text.endswith("\ufffd"):
-                yield text[len(before) :]
-                held, done = held[done:], len(held) - done
-        before, text = self.decode(held[:done], skip_special), self.decode(held, skip_special)
-        if len(text) > len(before):
-            yield text[len(before) :]
+        detokenizer = Detokenizer(self, skip_special)
+        yield from filter(None, map(detokenizer.push, ids))
+        if last := detokenizer.end():
+            yield last
 
     def dumps(self) -> str:
         return self.backend.to_str(pretty=True)
@@ -131,6 +125,31 @@ class Tokenizer:
         if file.name != "tokenizer.json":
             return cls(backend)
         return cls(backend, special_tokens(file.parent), _eos_ids(file.parent))
+
+
+class Detokenizer:
+    """Tokens to text, one by one: `push` gives what has become whole characters, `end` what never became one."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._decode = lambda ids: tokenizer.decode(ids, skip_special)
+        self._held, self._done = [], 0  # tokens since the last piece but one, and how many of them are out
+
+    def push(self, id: int) -> str:
+        self._held.append(int(id))
+        more = self._more()
+        if not more or more.endswith("\ufffd"):
+            return ""
+        self._held, self._done = self._held[self._done :], len(self._held) - self._done
+        return more
+
+    def end(self) -> str:
+        more = self._more()
+        self._held, self._done = [], 0
+        return more
+
+    def _more(self) -> str:
+        before, text = self._decode(self._held[: self._done]), self._decode(self._held)
+        return text[len(before) :]
 
 
 def special_tokens(folder: Path | str) -> dict[str, str]:

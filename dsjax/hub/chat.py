@@ -28,7 +28,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, where: str = "chat template", tokens: Mapping[str, str] | None = None):
-        self.where, self.tokens = where, dict(tokens or {})
+        self.source, self.where, self.tokens = source, where, dict(tokens or {})
         sandbox = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )

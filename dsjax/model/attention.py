@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.choice import choose, warn_once
+from pallas_kernels.latent_attention import masked_softmax
 from pallas_kernels.scaled_linear import Scaling, scaled_linears
 from sharding.rules import constrain, spec, whole
 
@@ -78,6 +79,34 @@ def attend_latent(
 
     latent = spec("batch", "seq", None)
     return _sharded(local, q, segment_ids, (c_kv, k_rope, wkv_b), (latent, latent, spec("rank", "heads", None)))
+
+
+def attend_past(
+    q: Float[Array, "B T H K"],
+    c_kv: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
+    wkv_b: Float[Array, "C H N_V"],
+    length: Int[Array, "B"],
+    scale: float,
+) -> Float[Array, "B T H V"]:
+    """Attention of new tokens to a row's cached latents, their own among them: token t sees the first
+    length[b] + t + 1. All scores of these tokens exist at once; no gradient is meant."""
+    nope = q.shape[-1] - k_rope.shape[-1]
+
+    def local(q, c_kv, k_rope, wkv_b, length):
+        wkv_b = whole(wkv_b, "fsdp")
+        kv = jnp.einsum("bsc,chn->bshn", c_kv, wkv_b)
+        scores = jnp.einsum("bthn,bshn->bhts", q[..., :nope], kv[..., :nope], preferred_element_type=jnp.float32)
+        scores += jnp.einsum("bthr,bsr->bhts", q[..., nope:], k_rope, preferred_element_type=jnp.float32)
+        p = masked_softmax(scores * scale, length)
+        return jnp.einsum("bhts,bshv->bthv", p.astype(q.dtype), kv[..., nope:])
+
+    heads, row = spec("batch", None, "heads", None), spec("batch", None, None)
+    in_specs = (heads, row, row, spec("rank", "heads", None), spec("batch"))
+    y = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(
+        jax.reshard(q, heads), c_kv, k_rope, wkv_b, length
+    )
+    return constrain(y, "batch", "seq", "heads", None)
 
 
 def _sharded(local, q, segment_ids, arrays, specs):

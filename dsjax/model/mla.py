@@ -9,11 +9,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsjax.config import ComputeConfig, ModelConfig
-from dsjax.model.attention import attend, attend_latent
+from dsjax.model import cache
+from dsjax.model.attention import attend, attend_latent, attend_past
 from dsjax.model.rope import apply_rope, softmax_scale
 from dsjax.nn import RMSNorm, linear, param
 from dsjax.precision import recipe_of
-from dsjax.state import KVCache, LatentCache
+from dsjax.state import KVCache, LatentCache, Places
 from pallas_kernels.latent_attention import latent_attention, masked_softmax
 from pallas_kernels.scaled_linear import Scaling
 from sharding.rules import constrain, spec
@@ -72,41 +73,54 @@ class MLA(nnx.Module):
         rope: Rope,
         segment_ids: Int[Array, "B T"],
         compute: ComputeConfig = ComputeConfig(),
-    ) -> tuple[Float[Array, "B T D"], LatentCache]:
-        """Expanded form, for training and prefill: the output, and the latents that decoding will need."""
+    ) -> Float[Array, "B T D"]:
+        """Expanded form, of whole sequences."""
         recipe = recipe_of(compute)
         q = jnp.concatenate(self._queries(x, rope, recipe.attention), axis=-1)
         latent = self._latent(x, rope, recipe.attention)
         how = softmax_scale(self.cfg), compute.attention, recipe.attention
         y = attend_latent(q, latent.c_kv, latent.k_rope, self.wkv_b[...], segment_ids, *how)
-        return linear(y, self.wo[...], scaling=recipe.attention_out), jax.tree.map(
-            lambda a: constrain(a, "batch", None, None), latent
-        )
+        return linear(y, self.wo[...], scaling=recipe.attention_out)
 
     def absorbed(self) -> Absorbed:
-        """wkv_b prepared for `decode`."""
+        """wkv_b prepared for `extend`."""
         wkv_b = constrain(self.wkv_b[...], None, "heads", None)
         w_uk, w_uv = jnp.split(wkv_b, [self.cfg.qk_nope_head_dim], axis=-1)
         return Absorbed(jnp.transpose(w_uk, (1, 2, 0)), jnp.transpose(w_uv, (1, 0, 2)))
 
-    def decode(
+    def extend(
         self,
         x: Float[Array, "B T D"],
         rope: Rope,
-        cache: LatentCache,
-        length: Int[Array, "B"],
+        pages: LatentCache,
+        places: Places,
         absorbed: Absorbed | None = None,
         compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[Float[Array, "B T D"], LatentCache]:
-        """Absorbed form on the latent cache (reference section 2.3): wkv_b goes to the query and to the output."""
-        w_uk, w_uv = absorbed or self.absorbed()
+        """New tokens on the cache: the output, and the pages with them.
+
+        Absorbed (reference section 2.3): wkv_b goes to the query and to the output. Many tokens at once are cheaper
+        with keys and values expanded from the row's latents.
+        """
         q_nope, q_rope = self._queries(x, rope)
-        latent = self._latent(x, rope)
-        cache = LatentCache(_write(cache.c_kv, latent.c_kv, length), _write(cache.k_rope, latent.k_rope, length))
+        pages = jax.tree.map(lambda p, new: cache.write(p, new, places), pages, self._latent(x, rope))
+        past = jax.tree.map(lambda p: cache.read(p, places), pages)
+        scale = softmax_scale(self.cfg)
+        if x.shape[1] >= self.expanding_pays():
+            q = jnp.concatenate([q_nope, q_rope], axis=-1)
+            y = attend_past(q, past.c_kv, past.k_rope, self.wkv_b[...], places.length, scale)
+            return linear(y, self.wo[...]), pages
+        w_uk, w_uv = absorbed or self.absorbed()
         q_latent = jnp.einsum("bthk,hkc->bthc", q_nope, w_uk)
-        how = softmax_scale(self.cfg), compute.latent_attention
-        o_latent = _attend_to_cache(q_latent, q_rope, cache, length, *how)
-        return linear(jnp.einsum("bthc,hcv->bthv", o_latent, w_uv), self.wo[...]), cache
+        o_latent = _attend_to_cache(q_latent, q_rope, past, places.length, scale, compute.latent_attention)
+        return linear(jnp.einsum("bthc,hcv->bthv", o_latent, w_uv), self.wo[...]), pages
+
+    def expanding_pays(self) -> int:
+        """Tokens at once from which the expanded form takes fewer products: C (N + V) an entry against what the
+        absorbed form takes more for each token."""
+        cfg = self.cfg
+        more = 2 * cfg.kv_lora_rank - cfg.qk_nope_head_dim - cfg.v_head_dim
+        return max(2, -(-cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim) // max(more, 1)))
 
     def _queries(self, x, rope, scaling=None):
         q_nope, q_rope = jnp.split(self.query(x, scaling), [self.cfg.qk_nope_head_dim], axis=-1)
@@ -135,58 +149,41 @@ class MHA(nnx.Module):
         rope: Rope,
         segment_ids: Int[Array, "B T"],
         compute: ComputeConfig = ComputeConfig(),
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """The output, and the keys and values that decoding will need."""
+    ) -> Float[Array, "B T D"]:
         recipe = recipe_of(compute)
         q, k, v = self._project(x, rope, recipe.attention)
         y = attend(q, k, v, segment_ids, softmax_scale(self.cfg), compute.attention)
-        return linear(y, self.wo[...], scaling=recipe.attention_out), KVCache(
-            *(constrain(a, "batch", None, "heads", None) for a in (k, v))
-        )
+        return linear(y, self.wo[...], scaling=recipe.attention_out)
 
     def absorbed(self) -> None:
-        """Nothing: `decode` reads the weights as they are."""
+        """Nothing: `extend` reads the weights as they are."""
 
-    def decode(
+    def extend(
         self,
         x: Float[Array, "B T D"],
         rope: Rope,
-        cache: KVCache,
-        length: Int[Array, "B"],
+        pages: KVCache,
+        places: Places,
         absorbed: None = None,
         compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """The same on cached keys and values."""
+        """New tokens on cached keys and values: the output, and the pages with them."""
         q, k, v = self._project(x, rope)
-        cache = KVCache(_write(cache.k, k, length), _write(cache.v, v, length))
-        scores = jnp.einsum("bthk,bshk->bhts", q, cache.k, preferred_element_type=jnp.float32)
-        p = masked_softmax(scores * softmax_scale(self.cfg), length)
-        return linear(jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), cache.v), self.wo[...]), cache
+        pages = jax.tree.map(lambda p, new: cache.write(p, new, places), pages, KVCache(k, v))
+        past = jax.tree.map(lambda p: cache.read(p, places), pages)
+        scores = jnp.einsum("bthk,bshk->bhts", q, past.k, preferred_element_type=jnp.float32)
+        p = masked_softmax(scores * softmax_scale(self.cfg), places.length)
+        return linear(jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), past.v), self.wo[...]), pages
 
     def _project(self, x, rope, scaling=None):
         q, k, v = (linear(x, w[...], "heads", scaling) for w in (self.wq, self.wk, self.wv))
         return apply_rope(q, *rope), apply_rope(k, *rope), v
 
 
-def _write(
-    cache: Float[Array, "B S *F"], new: Float[Array, "B T *F"], length: Int[Array, "B"]
-) -> Float[Array, "B S *F"]:
-    """`cache` with `new` at each row's own length."""
-
-    def local(cache, new, length):
-        put = jax.lax.dynamic_update_slice_in_dim
-        return jax.vmap(lambda c, n, at: put(c, n.astype(c.dtype), at, 0))(cache, new, length)
-
-    row = spec("batch", None, "heads", None) if cache.ndim == 4 else spec("batch", None, None)
-    return jax.shard_map(local, in_specs=(row, row, spec("batch")), out_specs=row, check_vma=False)(
-        cache, jax.reshard(new, row), length
-    )
-
-
 def _attend_to_cache(
     q_latent: Float[Array, "B T H C"],
     q_rope: Float[Array, "B T H R"],
-    cache: LatentCache,
+    past: LatentCache,
     length: Int[Array, "B"],
     scale: float,
     implementation: str,
@@ -198,6 +195,6 @@ def _attend_to_cache(
 
     heads, row = spec("batch", None, "heads", None), spec("batch", None, None)
     y = jax.shard_map(local, in_specs=(heads, heads, row, row, spec("batch")), out_specs=heads, check_vma=False)(
-        jax.reshard(q_latent, heads), jax.reshard(q_rope, heads), cache.c_kv, cache.k_rope, length
+        jax.reshard(q_latent, heads), jax.reshard(q_rope, heads), past.c_kv, past.k_rope, length
     )
     return constrain(y, "batch", "seq", "heads", None)

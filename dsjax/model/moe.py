@@ -13,7 +13,7 @@ from dsjax.config import ComputeConfig, ModelConfig, replace
 from dsjax.model.router import Router
 from dsjax.nn import SwiGLU, param
 from dsjax.precision import recipe_of
-from dsjax.state import Routing
+from dsjax.state import Replicas, Routing
 from pallas_kernels.grouped_matmul import ALIGNMENT, choose, grouped_swiglu, slice_float32
 from pallas_kernels.row_matmul import row_matmul
 from pallas_kernels.scaled_linear import Scaling, scaled_swiglu
@@ -72,7 +72,8 @@ class RoutedExperts(nnx.Module):
     def _buffers(self, compute: ComputeConfig) -> Buffers:
         n_group, groups = self.cfg.n_group, compute.expert_groups
         # Where a group of devices holds whole groups of experts, a token's choices lie in topk_group of them.
-        limit = self.cfg.topk_group if n_group % groups == 0 else None
+        replicated = self.w_gate.shape[0] != self.cfg.n_routed_experts
+        limit = self.cfg.topk_group if n_group % groups == 0 and not replicated else None
         recipe = recipe_of(compute)
         cheap = CHEAP_BYTES // (self.cfg.hidden_size * jnp.dtype(recipe.dtype).itemsize)
         alignment = math.lcm(recipe.alignment(), ALIGNMENT.get(choose(compute.grouped_matmul), 1))
@@ -124,6 +125,20 @@ def _experts_of_device(
     return combine(y, plan).reshape(x.shape), lax.psum(plan.overflow, TOKEN_AXES)
 
 
+def _in_turn(indices: Int[Array, "B T K"], replicas: Replicas) -> Int[Array, "B T K"]:
+    """The places of chosen experts: neighbouring tokens go to different ones."""
+    t = indices.shape[1]
+
+    def local(indices, place, count):
+        turn = jnp.arange(indices.shape[0] * t).reshape(-1, t, 1) % count[indices]
+        return place[indices, turn]
+
+    layout = spec("batch", "seq", None)
+    return jax.shard_map(local, in_specs=(layout, P(), P()), out_specs=layout, check_vma=False)(
+        indices, replicas.place, replicas.count
+    )
+
+
 class MoE(nnx.Module):
     """Routed experts plus one SwiGLU of the shared experts' joint width."""
 
@@ -145,10 +160,20 @@ class MoE(nnx.Module):
         return self._with_shared(x, y, recipe.shared), routing, overflow
 
     def decode(
-        self, x: Float[Array, "B T D"], bias: Float[Array, "E"], compute: ComputeConfig = ComputeConfig()
-    ) -> Float[Array, "B T D"]:
-        """The output for new tokens of a decoding step."""
-        return self._with_shared(x, self.experts.decode(x, self.router(x, bias), compute))
+        self,
+        x: Float[Array, "B T D"],
+        bias: Float[Array, "E"],
+        compute: ComputeConfig = ComputeConfig(),
+        replicas: Replicas | None = None,
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """The output for new tokens of a decoding step, and the experts that were chosen.
+
+        replicas: of this layer, [E, R] and [E], if the experts' weights are those of places. An expert's tokens take
+        its places in turn.
+        """
+        routing = self.router(x, bias)
+        placed = routing if replicas is None else routing.replace(indices=_in_turn(routing.indices, replicas))
+        return self._with_shared(x, self.experts.decode(x, placed, compute)), routing
 
     def _with_shared(self, x, y, scaling=None):
         return y + self.shared(x, scaling) if self.n_shared_experts else y

@@ -8,7 +8,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import BalanceConfig, ComputeConfig, ModelConfig, replace
+from dsjax.config import BalanceConfig, ComputeConfig, ModelConfig
 from dsjax.model.balance import balance_losses, expert_load
 from dsjax.model.mla import MHA, MLA, Absorbed, Rope
 from dsjax.model.moe import MoE
@@ -16,7 +16,7 @@ from dsjax.model.mtp import MTPInput, hide, look_ahead
 from dsjax.model.rope import rope_tables
 from dsjax.nn import RMSNorm, SwiGLU, param, stack
 from dsjax.precision import recipe_of
-from dsjax.state import Batch, Cache, KVCache, LatentCache, RouterBias
+from dsjax.state import Batch, KVCache, LatentCache, Places, Replicas, RouterBias, Routing
 from sharding.rules import constrain, halves, join, spec
 
 # What remat=deepseek keeps for the backward pass; norms, up-projections and SwiGLU outputs are computed again.
@@ -41,6 +41,21 @@ class Layers(NamedTuple):
 
     dense: list[tuple["Block", Absorbed | None]]
     moe: list[tuple["Block", Absorbed | None]]
+    mtp: list[tuple["Block", Absorbed | None]]
+
+
+class Extended(NamedTuple):
+    """What new tokens on a cache give."""
+
+    hidden: jax.Array  # [B, T, D] after the final norm: `logits` of it predict what follows
+    before_norm: jax.Array | None  # [B, T, D], where multi-token prediction reads that
+    pages: LatentCache | KVCache
+    indices: jax.Array  # [expert layers, B, T, K] int32, the experts of each token
+
+    @property
+    def recycled(self) -> jax.Array:
+        """What a multi-token prediction module reads."""
+        return self.hidden if self.before_norm is None else self.before_norm
 
 
 class Layer(NamedTuple):
@@ -72,26 +87,34 @@ class Block(nnx.Module):
         bias: Float[Array, "E"] | None,
         balance: BalanceConfig,
         compute: ComputeConfig,
-    ) -> tuple[Float[Array, "B T D"], LatentCache | KVCache, Layer | None]:
-        """x after the block, what decoding will need of its tokens, and an MoE block's load."""
-        y, past = self.attn(self.attn_norm(x), rope, segment_ids, compute)
-        x, layer = self._feed_forward(checkpoint_name(x + y, "attn_residual"), segment_ids, bias, balance, compute)
-        return x, past, layer
-
-    def decode(self, x, rope, cache, length, bias, compute, absorbed):
-        """The same for new tokens on a cache: x after the block, and the longer cache."""
-        y, cache = self.attn.decode(self.attn_norm(x), rope, cache, length, absorbed, compute)
-        x = x + y
-        if self.kind == "dense":
-            return x + self.ffn(self.ffn_norm(x)), cache
-        return x + self.ffn.decode(self.ffn_norm(x), bias, compute), cache
-
-    def _feed_forward(self, x, segment_ids, bias, balance, compute):
+    ) -> tuple[Float[Array, "B T D"], Layer | None]:
+        """x after the block, and an MoE block's load."""
+        y = self.attn(self.attn_norm(x), rope, segment_ids, compute)
+        x = checkpoint_name(x + y, "attn_residual")
         if self.kind == "dense":
             return x + self.ffn(self.ffn_norm(x), recipe_of(compute).mlp), None
         y, routing, overflow = self.ffn(self.ffn_norm(x), bias, compute)
         valid = segment_ids > 0
         return x + y, Layer(expert_load(routing, valid), balance_losses(routing, valid, self.cfg, balance), overflow)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        pages: LatentCache | KVCache,
+        places: Places,
+        bias: Float[Array, "E"] | None,
+        compute: ComputeConfig,
+        absorbed: Absorbed | None,
+        replicas: Replicas | None = None,
+    ) -> tuple[Float[Array, "B T D"], LatentCache | KVCache, Routing | None]:
+        """The same for new tokens on a cache: x after the block, the pages with them, and an MoE block's routing."""
+        y, pages = self.attn.extend(self.attn_norm(x), rope, pages, places, absorbed, compute)
+        x = x + y
+        if self.kind == "dense":
+            return x + self.ffn(self.ffn_norm(x)), pages, None
+        y, routing = self.ffn.decode(self.ffn_norm(x), bias, compute, replicas)
+        return x + y, pages, routing
 
 
 class DeepSeek(nnx.Module):
@@ -120,8 +143,7 @@ class DeepSeek(nnx.Module):
 
         def block(x, layer, bias, segment_ids):
             def whole(x, rope, segment_ids):
-                x, _, said = layer(x, rope, segment_ids, bias, balance, compute)
-                return x, said
+                return layer(x, rope, segment_ids, bias, balance, compute)
 
             if compute.overlap == "none":
                 return whole(x, rope, segment_ids)
@@ -158,57 +180,66 @@ class DeepSeek(nnx.Module):
         out = jnp.einsum("btd,dv->btv", hidden, self.head, preferred_element_type=jnp.float32)
         return constrain(out, "batch", "seq", "vocab")
 
-    def prefill(
-        self, batch: Batch, router_bias: RouterBias, cache_size: int, compute: ComputeConfig = ComputeConfig()
-    ) -> tuple[Float[Array, "B V"], Cache]:
-        """Logits after each row's last token, and a cache of `cache_size` places that holds the rows.
-
-        Rows are padded on the right with segment 0. Expanded form.
-        """
-        rope = rope_tables(batch.positions, self.cfg)
-        exact = replace(compute, expert_buffer=None)
-
-        def block(x, layer, bias):
-            x, past, _ = layer(x, rope, batch.segment_ids, bias, BalanceConfig(), exact)
-            return x, past
-
-        x = self._embed(batch.tokens, compute)
-        x, dense = _scan(lambda x, layer: block(x, layer, None), x, self.dense, compute.scan_layers)
-        x, moe = _scan(lambda x, xs: block(x, *xs), x, (self.moe, router_bias.moe), compute.scan_layers)
-        length = jnp.sum(batch.segment_ids > 0, axis=1, dtype=jnp.int32)
-        at_last = jnp.arange(x.shape[1]) == length[:, None] - 1
-        last = jnp.einsum("bt,btd->bd", at_last.astype(x.dtype), x)[:, None]
-        more = cache_size - batch.tokens.shape[1]
-
-        def grow(a):  # [L, B, T, ...] to [L, B, S, ...]
-            return jnp.pad(a, ((0, 0), (0, 0), (0, more), *((0, 0),) * (a.ndim - 3)))
-
-        return self.logits(self.norm(last))[:, 0], Cache(*jax.tree.map(grow, (dense, moe)), length)
-
-    def decode(
+    def extend(
         self,
         tokens: Int[Array, "B T"],
-        cache: Cache,
+        pages: LatentCache | KVCache,
+        table: Int[Array, "B N"],
+        length: Int[Array, "B"],
         router_bias: RouterBias,
         compute: ComputeConfig = ComputeConfig(),
         layers: Layers | None = None,
-    ) -> tuple[Float[Array, "B T V"], Cache]:
-        """Logits of new tokens given the cache, and the longer cache. Absorbed form.
+        replicas: Replicas | None = None,
+    ) -> Extended:
+        """New tokens of each row behind its `length` tokens, whose pages `table` names (dsjax.model.cache).
 
-        With `layers` (of `unstack`) those blocks are run one after the other, on an unstacked cache.
+        With `layers` (of `unstack`) those blocks are run one after the other. With `replicas` the trunk's experts are
+        those of places.
         """
-        positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
-        rope = rope_tables(positions, self.cfg)
+        rope = rope_tables(length[:, None] + jnp.arange(tokens.shape[1]), self.cfg)
 
-        def block(x, layer, past, bias):
-            layer, absorbed = layer
-            return layer.decode(x, rope, past, cache.length, bias, compute, absorbed)
+        def block(carry, xs):
+            (layer, absorbed), n, bias, replicas = xs
+            x, pages = carry
+            x, pages, routing = layer.extend(
+                x, rope, pages, Places(table, length, n), bias, compute, absorbed, replicas
+            )
+            return (x, pages), routing and routing.indices
 
-        x = self._embed(tokens, compute)
-        dense, moe = layers or ((self.dense, None), (self.moe, None))
-        x, dense = _scan(lambda x, xs: block(x, *xs, None), x, (dense, cache.dense), compute.scan_layers)
-        x, moe = _scan(lambda x, xs: block(x, *xs), x, (moe, cache.moe, router_bias.moe), compute.scan_layers)
-        return self.logits(self.norm(x)), Cache(dense, moe, cache.length + tokens.shape[1])
+        carry = self._embed(tokens, compute), pages
+        dense, moe = (layers.dense, layers.moe) if layers else ((self.dense, None), (self.moe, None))
+        n_dense, n_layers = self.cfg.first_k_dense_replace, self.cfg.num_hidden_layers
+        none, places = [None] * n_dense if layers else None, replicas
+        if layers:
+            places = [replicas and _layer(replicas, i) for i in range(n_layers - n_dense)]
+        carry, _ = _scan(block, carry, (dense, jnp.arange(n_dense), none, none), compute.scan_layers)
+        (x, pages), indices = _scan(
+            block, carry, (moe, jnp.arange(n_dense, n_layers), router_bias.moe, places), compute.scan_layers
+        )
+        indices = jnp.stack(indices) if isinstance(indices, list) else indices
+        return Extended(self.norm(x), x if self.cfg.mtp_hidden != "post_norm" else None, pages, indices)
+
+    def draft(
+        self,
+        tokens: Int[Array, "B T"],
+        recycled: Float[Array, "B T D"],
+        pages: LatentCache | KVCache,
+        table: Int[Array, "B N"],
+        length: Int[Array, "B"],
+        router_bias: RouterBias,
+        compute: ComputeConfig = ComputeConfig(),
+        layers: Layers | None = None,
+    ) -> Extended:
+        """The first multi-token prediction module, for tokens each behind a place whose hidden state is `recycled`
+        (`Extended.recycled`). Its pages are the last layer's; positions are those of the hidden states."""
+        read = _layer(self.mtp_input, 0)
+        mtp, absorbed = layers.mtp[0] if layers else (_layer(self.mtp_block, 0), None)
+        places = Places(table, length, jnp.int32(self.cfg.num_hidden_layers))
+        rope = rope_tables(length[:, None] + jnp.arange(tokens.shape[1]), self.cfg)
+        x = read(self._embed(tokens, compute), constrain(recycled, "batch", "seq", None))
+        x, pages, routing = mtp.extend(x, rope, pages, places, router_bias.mtp[0], compute, absorbed)
+        hidden = read.out_norm(x)
+        return Extended(hidden, x if self.cfg.mtp_hidden != "post_norm" else None, pages, routing.indices[None])
 
     def _embed(self, tokens, compute: ComputeConfig):
         table = constrain(self.embed[...], "vocab", None)
@@ -233,7 +264,7 @@ def remat(block, policy: str):
 
 
 def _scan(step, x, layers, scan_layers: bool):
-    """jax.lax.scan, or the same unrolled; over lists of layers, one after the other, to lists."""
+    """jax.lax.scan, or the same unrolled; over a list of layers, one after the other, to a list."""
     if isinstance(layers, tuple) and isinstance(layers[0], list):
         said = []
         for layer in zip(*layers):
@@ -254,16 +285,14 @@ def _layer(layers, i: int):
     return jax.tree.map(lambda a: a[i], layers)
 
 
-def unstack(model: DeepSeek, cache: Cache) -> tuple[Layers, Cache]:
-    """What decoding on a CPU reads: the blocks, with their weights absorbed, and their caches one by one."""
-
-    def split(tree) -> list:
-        return [_layer(tree, i) for i in range(jax.tree.leaves(tree)[0].shape[0])]
+def unstack(model: DeepSeek) -> Layers:
+    """What decoding on a CPU reads: the blocks one by one, with their weights absorbed."""
 
     def ready(stacked) -> list:
-        return [(block, block.attn.absorbed()) for block in split(stacked)]
+        blocks = [_layer(stacked, i) for i in range(jax.tree.leaves(stacked)[0].shape[0])]
+        return [(block, block.attn.absorbed()) for block in blocks]
 
-    return Layers(ready(model.dense), ready(model.moe)), Cache(split(cache.dense), split(cache.moe), cache.length)
+    return Layers(*map(ready, (model.dense, model.moe, model.mtp_block)))
 
 
 def _stack_leaves(trees: list):

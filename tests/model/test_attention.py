@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from dsjax.config import replace
 from dsjax.model import attention
 from dsjax.model.attention import attend
+from dsjax.model.cache import new_pages
+from dsjax.model.mla import MLA
 from dsjax.model.rope import inv_freq, rope_tables, softmax_scale
-from dsjax.state import KVCache, LatentCache
+from dsjax.state import Places
 from pallas_kernels import choice
 from sharding.rules import spec
 
@@ -48,12 +51,8 @@ def lengths(*n):
 
 
 def empty(cfg, size):
-    if cfg.attention == "mha":
-        room = np.zeros((B, size, cfg.num_attention_heads, cfg.v_head_dim))
-        return KVCache(*[place(room, "batch", None, "heads", None)] * 2)
-    return LatentCache(
-        *(place(np.zeros((B, size, w)), "batch", None, None) for w in (cfg.kv_lora_rank, cfg.qk_rope_head_dim))
-    )
+    """Pages of one layer: the first for nobody, then one a row."""
+    return new_pages(replace(cfg, num_hidden_layers=1), 1 + B, size, jnp.float32)
 
 
 @jax.jit
@@ -63,9 +62,10 @@ def expanded(attn, x, segment_ids):
 
 
 @jax.jit
-def absorbed(attn, x, cache, length):
+def extend(attn, x, pages, length):
     positions = length[:, None] + jnp.arange(x.shape[1])
-    return attn.decode(x, rope_tables(positions, attn.cfg), cache, length)
+    table = jax.device_put(1 + np.arange(B, dtype=np.int32)[:, None], spec("batch", None))
+    return attn.extend(x, rope_tables(positions, attn.cfg), pages, Places(table, length, jnp.int32(0)))
 
 
 def softmax(x):
@@ -209,23 +209,24 @@ def test_mla_follows_the_papers_equations(name):
     y = naive(q, k, kv[..., nope:], np.ones((B, T)), softmax_scale(cfg))
     expected = np.einsum("bthv,hvd->btd", y, w["wo"])
 
-    got, cache = expanded(attn, x, one_document())
-    np.testing.assert_allclose(got, expected, atol=1e-5)
-    np.testing.assert_allclose(cache.c_kv, c_kv, atol=1e-5)
-    np.testing.assert_allclose(cache.k_rope, k_rope[:, :, 0], atol=1e-5)
+    np.testing.assert_allclose(expanded(attn, x, one_document()), expected, atol=1e-5)
+    _, pages = extend(attn, x, empty(cfg, T), lengths(0, 0))
+    np.testing.assert_allclose(pages.c_kv[0, 1:], c_kv, atol=1e-5)
+    np.testing.assert_allclose(pages.k_rope[0, 1:], k_rope[:, :, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, T], ids=["one by one", "all at once"])
 @pytest.mark.parametrize("name", WITH_MHA)
-def test_absorbed_decode_equals_the_expanded_form(name):
+def test_tokens_on_a_cache_give_what_the_whole_sequence_gives(name, at_once, monkeypatch):
+    """One by one in the absorbed form, all at once with keys and values expanded from the cache."""
+    monkeypatch.setattr(MLA, "expanding_pays", lambda self: T)
     cfg = WITH_MHA[name]
     attn, x = attention_of(cfg), hidden(cfg)
-    whole, kept = expanded(attn, x, one_document())
-    cache, length = empty(cfg, T + 3), lengths(0, 0)
-    for t in range(T):
-        y, cache = absorbed(attn, x[:, t : t + 1], cache, length + t)
-        np.testing.assert_allclose(y[:, 0], whole[:, t], atol=1e-5)
-    for got, wanted in zip(jax.tree.leaves(cache), jax.tree.leaves(kept), strict=True):
-        np.testing.assert_allclose(got[:, :T], wanted, atol=1e-5)
+    whole, pages = expanded(attn, x, one_document()), empty(cfg, T + 3)
+    step = jax.jit(extend.__wrapped__)
+    for t in range(0, T, at_once):
+        y, pages = step(attn, x[:, t : t + at_once], pages, lengths(t, t))
+        np.testing.assert_allclose(y, whole[:, t : t + at_once], atol=1e-5)
 
 
 def test_new_tokens_see_each_other_and_their_own_rows_past():
@@ -233,10 +234,9 @@ def test_new_tokens_see_each_other_and_their_own_rows_past():
     cfg = KINDS["yarn"]
     attn, past, new = attention_of(cfg), hidden(cfg), hidden(cfg, t=4, seed=1)
     length = lengths(T, 3)
-    _, kept = expanded(attn, past, one_document())
-    cache = jax.tree.map(lambda room, a: room.at[:, :T].set(a), empty(cfg, T + 4), kept)
-    together, _ = absorbed(attn, new, cache, length)
+    _, pages = extend(attn, past, empty(cfg, T + 4), lengths(0, 0))
+    together, _ = extend(attn, new, pages, length)
     rows = np.array(past)
     rows[1, 3:7] = new[1]
-    alone, _ = expanded(attn, place(rows, "batch", "seq", None), one_document())
+    alone = expanded(attn, place(rows, "batch", "seq", None), one_document())
     np.testing.assert_allclose(together[1], alone[1, 3:7], atol=1e-5)

@@ -1,7 +1,6 @@
 """The whole network: decoding equals the full forward pass, documents do not meet, memory and size are as planned."""
 
 import functools
-import itertools
 import math
 
 import jax
@@ -13,9 +12,12 @@ from flax import nnx
 
 import configs
 from dsjax.config import replace
-from dsjax.model.transformer import DeepSeek, init_router_bias
+from dsjax.model.cache import new_pages
+from dsjax.model.mla import MLA
+from dsjax.model.transformer import DeepSeek, init_router_bias, unstack
 from dsjax.plan import count
 from dsjax.train.step import init_state, train_step
+from sharding.rules import spec
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -29,34 +31,34 @@ def forward(model, batch, bias):
     return hidden, model.logits(hidden)
 
 
-@jax.jit
-def prefill(model, batch, bias):
-    return model.prefill(batch, bias, T + 4, models.COMPUTE)
-
-
-@jax.jit
-def decode(model, tokens, cache, bias):
-    return model.decode(tokens, cache, bias, models.COMPUTE)
-
-
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["scan", "one by one"])
 @pytest.mark.parametrize("name", KINDS)
-def test_prefill_and_decode_give_the_logits_of_the_full_forward_pass(name):
+def test_new_tokens_on_the_cache_give_the_logits_of_the_full_forward_pass(name, one_by_one, monkeypatch):
+    """Parts of 1, 3 and 10 tokens, absorbed and expanded, of rows whose pages lie anywhere; what is behind a row's
+    length, and in pages of others, does not matter."""
+    monkeypatch.setattr(MLA, "expanding_pays", lambda self: 4)
     model, bias = models.draw(KINDS[name])
-    prompts, new = [5, 9, 1], 6
-    whole = models.pack([[n + new] for n in prompts], T)
+    whole = models.pack([[T], [T], [T]], T)
     _, logits = forward(model, whole, bias)
-    inside = np.arange(T) < np.asarray(prompts)[:, None]
-    prompt = whole.replace(tokens=whole.tokens * inside, segment_ids=whole.segment_ids * inside)
-    got, cache = prefill(model, prompt, bias)
-    rows = np.arange(len(prompts))
-    for i in itertools.count():
-        at = np.asarray(prompts) + i  # tokens that each row has seen
-        np.testing.assert_allclose(got, np.asarray(logits)[rows, at - 1], atol=1e-5)
-        np.testing.assert_array_equal(cache.length, at)
-        if i == new:
-            break
-        got, cache = decode(model, jnp.asarray(np.asarray(whole.tokens)[rows, at][:, None]), cache, bias)
-        got = got[:, 0]
+    pages = jax.tree.map(lambda a: a + 7, new_pages(KINDS[name], 20, 4, jnp.float32))
+    table = np.random.default_rng(0).permutation(np.arange(1, 20))[:15].reshape(3, 5).astype(np.int32)
+    table = jax.device_put(table, spec("batch", None))
+    layers = jax.jit(unstack)(model) if one_by_one else None
+    step = jax.jit(lambda *a: model.extend(*a, bias, models.COMPUTE, layers))
+    got, at = [], np.zeros(3, np.int32)
+    for n in (10, 1, 3, 1, 1):
+        out = step(whole.tokens[:, at[0] : at[0] + n], pages, table, jax.device_put(at, spec("batch")))
+        got, pages, at = [*got, jax.jit(model.logits)(out.hidden)], out.pages, at + n
+    np.testing.assert_allclose(np.concatenate(got, axis=1), logits, atol=1e-5)
+
+
+def test_many_tokens_at_once_are_expanded_where_that_is_cheaper():
+    cfg = configs.load("v3").model
+    model, _ = abstract(cfg)
+    pays = model.moe.attn.expanding_pays()
+    more = 2 * cfg.kv_lora_rank - cfg.qk_nope_head_dim - cfg.v_head_dim
+    expansion = cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+    assert pays * more >= expansion > (pays - 1) * more
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -74,9 +76,8 @@ def test_packed_documents_are_to_each_other_as_if_alone(name):
 @pytest.mark.parametrize("name", ["tiny", "v2_lite", "v3", "moe_16b"])
 def test_the_cache_holds_what_was_published_a_token_and_nothing_else(name):
     cfg = configs.load(name).model
-    model, bias = abstract(cfg)
-    _, cache = jax.eval_shape(functools.partial(DeepSeek.prefill, cache_size=8), model, models.pack([[4]], 4), bias)
-    kept = sum(leaf.size for leaf in jax.tree.leaves((cache.dense, cache.moe))) / 8
+    pages = jax.eval_shape(lambda: new_pages(cfg, 2, 4, jnp.bfloat16))
+    kept = sum(leaf.size for leaf in jax.tree.leaves(pages)) / 8
     assert kept == count.cache(cfg).own
     if cfg.attention == "mla":
         assert kept == cfg.num_hidden_layers * (cfg.kv_lora_rank + cfg.qk_rope_head_dim)

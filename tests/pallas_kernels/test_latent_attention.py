@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import configs
 from dsjax.config import replace
+from dsjax.model.cache import new_pages
 from pallas_kernels import latent_attention as module
 from pallas_kernels.latent_attention import choose_block, latent_attention, pallas_tpu
 from sharding.mesh import make_mesh
@@ -128,7 +129,10 @@ def test_a_model_decodes_with_the_kernel_as_with_the_definition(sizes, monkeypat
     cfg = models.v3(num_nextn_predict_layers=0)
     with jax.set_mesh(make_mesh(jax.devices()[: np.prod(list(sizes.values()))], **sizes)):
         model, bias = models.draw(cfg)
-        prompt = models.pack([[9], [5], [1], [16]])
+        prompt = models.pack([[16]] * 4)
+        length = jax.device_put(np.array([9, 5, 1, 16], np.int32), spec("batch"))
+        own = np.arange(1, 5) if tuple(sizes) == ("fsdp",) else np.ones(4)  # pages: each of four devices has two
+        table = jax.device_put(own.astype(np.int32)[:, None], spec("batch", None))
         tokens = jax.device_put(np.arange(16, dtype=np.int32).reshape(4, 4), spec("batch", "seq"))
 
         def decode(implementation):
@@ -136,10 +140,11 @@ def test_a_model_decodes_with_the_kernel_as_with_the_definition(sizes, monkeypat
 
             @jax.jit
             def logits(model, prompt, tokens, bias):
-                _, cache = model.prefill(prompt, bias, 40, compute)
-                first, cache = model.decode(tokens[:, :3], cache, bias, compute)
-                second, cache = model.decode(tokens[:, 3:], cache, bias, compute)
-                return first, second, cache
+                pages = new_pages(cfg, 8, 40, jnp.float32)
+                out = model.extend(prompt.tokens, pages, table, length * 0, bias, compute)
+                first = model.extend(tokens[:, :3], out.pages, table, length, bias, compute)
+                second = model.extend(tokens[:, 3:], first.pages, table, length + 3, bias, compute)
+                return model.logits(first.hidden), model.logits(second.hidden), second.pages
 
             return jax.tree.leaves(logits(model, prompt, tokens, bias))
 

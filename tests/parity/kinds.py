@@ -154,9 +154,7 @@ def _evaluate(model, batch: Batch, router_bias: RouterBias, config: Config):
 def greedy(model: Loaded, tokens: np.ndarray) -> list[list[int]]:
     """[B][NEW] tokens after the first PROMPT of each row."""
     prompts = tokens[:, :PROMPT].tolist()
-    with jax.set_mesh(model.mesh):
-        chunks = generate_tokens(model.model, model.router_bias, prompts, max_tokens=NEW, compute=model.config.compute)
-        return np.concatenate(list(chunks), axis=1).tolist()
+    return generate_tokens(model, prompts, max_tokens=NEW, temperature=0.0)
 
 
 def mtp_logits(model: Loaded, tokens: np.ndarray) -> np.ndarray:

@@ -1,0 +1,513 @@
+"""Continuous batching on the latent cache: every step takes all requests one token further, or more with drafts.
+
+with jax.set_mesh(loaded.mesh):
+    engine = Engine(loaded, EngineConfig(max_rows=8))
+    engine.submit(Request(tokens, max_tokens=100, tell=..., done=...))
+    engine.run()        # until nothing is left; a server calls step() in a loop
+
+Between two steps requests come, go, and wait. Shapes are few and fixed: rows and pages a row are rounded up, prompts
+are read in chunks. Where pages run out, the youngest request's go to the host's memory, and come back.
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from dsjax.config import PLAIN, ConfigError, EngineConfig, replace
+from dsjax.hub.load import Loaded
+from dsjax.infer import programs
+from dsjax.infer.pages import Pool, chunk_names
+from dsjax.infer.requests import Request, Sampled
+from dsjax.model.cache import fetch, new_pages, put
+from dsjax.model.transformer import unstack
+from dsjax.precision import RECIPES, cast_weights
+from dsjax.state import Rows, Sampling, Stepped, Weights
+from sharding.rules import RULES, spec
+
+_TRY_EVERY, _TRY_FOR = 128, 4  # steps: how often and how long the way is taken that does not seem to pay
+
+
+class Engine:
+    """Requests on the rows of one model. Not for several threads, but for `submit` and `cancel`.
+
+    Call it under the mesh of the model. Raises ConfigError for settings that the model or the devices do not allow.
+    """
+
+    def __init__(self, loaded: Loaded, options: EngineConfig = EngineConfig(), *, say: Callable[[str], None] = print):
+        cfg, mesh = loaded.config.model, loaded.mesh
+        self.options, self.cfg, self.mesh = options, cfg, mesh
+        if mesh.shape["context"] > 1 or mesh.shape["stage"] > 1:
+            raise ConfigError(f"mesh={dict(mesh.shape)}: expected context=1 and stage=1 to generate")
+        self.n_shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+        compute = replace(loaded.config.compute, precision=PLAIN[RECIPES[loaded.config.compute.precision].dtype])
+        self.compute = replace(compute, expert_buffer=None, overlap="none")
+        self.n_draft = min(options.n_draft, 8) if cfg.num_nextn_predict_layers else 0
+        self.longest = min(options.max_model_len or cfg.max_position_embeddings, cfg.max_position_embeddings)
+
+        model = cast_weights(loaded.model, self.compute.precision)
+        layers = jax.jit(unstack)(model) if jax.default_backend() == "cpu" else None
+        self.weights = Weights(model, layers, loaded.router_bias)
+
+        size = options.page_size
+        per_row = -(-(self.longest + 1) // size)
+        self.rows_a_shard = -(-options.max_rows // self.n_shards)
+        n_pages = (
+            1 + (options.cache_tokens or self.rows_a_shard * self.n_shards * self.longest) // self.n_shards // size
+        )
+        self.n_pages = max(n_pages, per_row + 1)
+        self._empty()
+        one = options.one_shape
+        self.row_sizes = _sizes(self.rows_a_shard if one else 1, self.rows_a_shard)
+        self.page_sizes = _sizes(per_row if one else min(per_row, max(1, 512 // size)), per_row)
+        self.chunk_sizes = _sizes(min(32, options.prefill_chunk), options.prefill_chunk)
+
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self._new: deque[Request] = deque()
+        self._cancelled: deque[int] = deque()
+        self.counts: Counter[str] = Counter()
+        self.accepted_at = np.zeros(max(1, self.n_draft), np.int64)
+        self.drafted_at = np.zeros(max(1, self.n_draft), np.int64)
+        self.load = np.zeros((cfg.num_moe_layers, cfg.n_routed_experts), np.int64)
+        self.pace = _Pace(self.n_draft)
+        self._even: dict[int, tuple[jax.Array, jax.Array]] = {}
+
+    def _empty(self) -> None:
+        """A cache with nothing in it."""
+        n, dtype = self.n_pages * self.n_shards, RECIPES[self.compute.precision].dtype
+        make = functools.partial(new_pages, self.cfg, n, self.options.page_size, dtype, n_mtp=self.n_draft > 0)
+        self.pages = jax.jit(make)()
+        self.pools = [Pool(self.n_pages) for _ in range(self.n_shards)]
+
+    def reset(self, reason: str) -> None:
+        """Ends all requests, and starts again on an empty cache: after a step that failed, its pages are gone."""
+        for request in (*self.running, *self.waiting, *self._new):
+            if request not in self.running and request not in self.waiting:
+                self.waiting.append(request)
+            self._end(request, reason)
+        self._new.clear()
+        self._empty()
+
+    # Requests
+
+    def submit(self, request: Request) -> None:
+        """Takes a request from any thread. Raises ConfigError for one that cannot be done."""
+        request.check(self.cfg.vocab_size, self.longest)
+        self._new.append(request)
+
+    def cancel(self, id: int) -> None:
+        """Ends a request, from any thread, before the next step."""
+        self._cancelled.append(id)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._new or self.waiting or self.running)
+
+    def warm(self, *, progress: bool = False) -> None:
+        """Compiles every program of this engine, and times steps with drafts and without."""
+        from tqdm import tqdm
+
+        drafts = sorted({0, self.n_draft})
+        steps = [(b, w, k) for b in self.row_sizes for w in self.page_sizes for k in drafts]
+        chunks = [(t, w) for t in self.chunk_sizes for w in self.page_sizes if w * self.options.page_size >= t]
+        with tqdm(total=len(steps) + len(chunks), desc="compiling", disable=not progress, leave=False) as bar:
+            for t, w in chunks:
+                rows, none = self._idle_rows(1, w), self._lay(np.zeros((self.n_shards, t), np.int32))
+                nothing = self._lay(np.zeros(self.n_shards, np.int32))
+                self.pages, _ = programs.prefill(
+                    self.weights, self.pages, rows.replace(tokens=none), none, nothing,
+                    compute=self.compute, n_draft=self.n_draft, want_prompt=False,
+                )  # fmt: skip
+                bar.update()
+            for b, w, k in steps:
+                rows, n = self._idle_rows(b, w), self.n_shards * b
+                tokens, drafted = self._lay(np.zeros((n, 1 + k), np.int32)), self._lay(np.zeros(n, np.int32))
+                for _ in range(4):
+                    began = time.perf_counter()
+                    self.pages, out = programs.step(
+                        self.weights, self.pages, rows.replace(tokens=tokens), drafted, compute=self.compute, n_draft=k
+                    )
+                    jax.device_get(out)
+                    self.pace.took(b, bool(k), time.perf_counter() - began, [])
+                bar.update()
+
+    def _idle_rows(self, b: int, width: int) -> Rows:
+        rows = self._rows([[] for _ in range(self.n_shards)], b)
+        return rows.replace(table=self._lay(np.zeros((self.n_shards * b, width), np.int32)))
+
+    def run(self) -> None:
+        """Steps until nothing is left."""
+        while self.busy:
+            self.step()
+
+    def step(self) -> None:
+        """Takes what came, admits what has room, reads a chunk of prompts, and takes all rows a step further."""
+        while self._new:
+            request = self._new.popleft()
+            request.tokens = list(request.prompt)
+            self.waiting.append(request)
+        while self._cancelled:
+            id = self._cancelled.popleft()
+            for request in [r for r in (*self.waiting, *self.running) if r.id == id]:
+                self._end(request, "cancelled")
+        self._admit()
+        self._prefill()
+        self._decode()
+
+    def _end(self, request: Request, reason: str) -> None:
+        if request in self.running:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self.pools[request.shard].give_back(request.pages)
+        request.pages, request.kept, request.reason = [], None, reason
+        self.counts[f"ended_{reason.split(':')[0]}"] += 1
+        request.done(reason)
+
+    # Room
+
+    def _admit(self) -> None:
+        """Gives rows and pages to those that waited longest, as far as they go."""
+        while self.waiting:
+            request = self.waiting[0]
+            rows = [sum(r.shard == s for r in self.running) for s in range(self.n_shards)]
+            open_shards = [s for s in range(self.n_shards) if rows[s] < self.rows_a_shard]
+            if request.kept is not None:
+                open_shards = [s for s in open_shards if s == request.shard] or open_shards
+            if not open_shards:
+                return
+            shard = max(open_shards, key=lambda s: (self.pools[s].n_free, -rows[s]))
+            if not self._give_pages(request, shard):
+                return
+            self.waiting.popleft()
+            self.running.append(request)
+
+    def _give_pages(self, request: Request, shard: int) -> bool:
+        pool = self.pools[shard]
+        request.shard = shard
+        if request.kept is not None:
+            pages = pool.take(self._n_pages(request.length + 1 + 2 * self.n_draft))
+            if pages is None:
+                return False
+            request.pages = pages
+            self.pages = _put(self.pages, self._page_ids(pages[: request.kept_pages]), np.int32(shard), request.kept)
+            request.kept = None
+            return True
+        chunks = [] if request.prompt_logprobs is not None else self._chunks(request)
+        shared = pool.share(chunks[: (len(request.tokens) - 1) // self.options.prefill_chunk])
+        more = pool.take(self._n_pages(len(request.tokens) + 1 + 2 * self.n_draft) - len(shared))
+        if more is None:
+            pool.give_back(shared)
+            return False
+        request.pages = shared + more
+        request.length = request.n_cached = len(shared) * self.options.page_size
+        self.counts["prompt_tokens"] += len(request.prompt)
+        self.counts["cached_tokens"] += request.n_cached
+        return True
+
+    def _share_more(self, request: Request) -> None:
+        """Chunks of its prompt that became known since it was admitted: as when several samples of one begin."""
+        chunk, size, start = self.options.prefill_chunk, self.options.page_size, request.length
+        if start % chunk or request.prompt_logprobs is not None:
+            return
+        pool, names = self.pools[request.shard], self._chunks(request)
+        shared = pool.share(names[start // chunk : (len(request.tokens) - 1) // chunk])
+        own = slice(start // size, start // size + len(shared))
+        pool.give_back(request.pages[own])
+        request.pages[own] = shared
+        request.length += len(shared) * size
+        request.n_cached += len(shared) * size
+        self.counts["cached_tokens"] += len(shared) * size
+
+    def _n_pages(self, n_tokens: int) -> int:
+        return -(-min(n_tokens, self.longest + 1) // self.options.page_size)
+
+    def _chunks(self, request: Request) -> list[bytes]:
+        return chunk_names(request.prompt, self.options.prefill_chunk)
+
+    def _page_ids(self, pages: list[int]) -> np.ndarray:
+        """Filled up to a fixed size with the page that nobody reads."""
+        size = next(n for n in self.page_sizes if n >= len(pages))
+        return np.array([*pages, *[0] * (size - len(pages))], np.int32)
+
+    def _grow(self, request: Request) -> bool:
+        """Pages for the next step, if need be those of younger requests; False if it had to give up its own."""
+        pool = self.pools[request.shard]
+        while (lack := self._n_pages(request.length + 1 + 2 * self.n_draft) - len(request.pages)) > 0:
+            if (pages := pool.take(lack)) is not None:
+                request.pages += pages
+                break
+            youngest = max((r for r in self.running if r.shard == request.shard), key=lambda r: (r.arrived, r.id))
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self.waiting.appendleft(request)
+        self.counts["preemptions"] += 1
+        request.n_preempted += 1
+        if request.prefilled:
+            used = request.pages[: self._n_pages(request.length)]
+            kept = _fetch(self.pages, self._page_ids(used), np.int32(request.shard))
+            request.kept, request.kept_pages = jax.device_get(kept), len(used)
+        self.pools[request.shard].give_back(request.pages)
+        request.pages = []
+
+    # Steps
+
+    def _prefill(self) -> None:
+        """A chunk of the oldest prompt of each shard that is not read yet."""
+        todo = [next((r for r in self.running if r.shard == s and not r.prefilled), None) for s in range(self.n_shards)]
+        if not any(todo):
+            return
+        for request in filter(None, todo):
+            self._share_more(request)
+        chunk = self.options.prefill_chunk
+        spans = [r and (r.length, min(len(r.prompt), r.length - r.length % chunk + chunk)) for r in todo]
+        t = next(n for n in self.chunk_sizes if n >= max(stop - start for start, stop in filter(None, spans)))
+        # As many pages as the chunk's place asks for, whatever the prompt's length: what others may share is the same.
+        reach = max(r.length - r.length % chunk + chunk for r in todo if r) + 2 * self.n_draft
+        rows = self._rows([[r] if r else [] for r in todo], 1, self._n_pages(reach))
+        tokens, following = np.zeros((2, self.n_shards, t), np.int32)
+        n_new = np.zeros(self.n_shards, np.int32)
+        for i, (request, span) in enumerate(zip(todo, spans)):
+            if request is None:
+                continue
+            start, stop = span
+            tokens[i, : stop - start] = request.prompt[start:stop]
+            behind = [*request.prompt[start + 1 : stop + 1]]
+            following[i, : len(behind)] = behind
+            following[i, len(behind) :] = -1
+            n_new[i] = stop - start
+        want = any(r is not None and r.prompt_logprobs is not None for r in todo)
+        began = time.perf_counter()
+        self.pages, out = programs.prefill(
+            self.weights,
+            self.pages,
+            rows.replace(tokens=self._lay(tokens)),
+            self._lay(following),
+            self._lay(n_new),
+            compute=self.compute,
+            n_draft=self.n_draft,
+            want_prompt=want,
+        )
+        out = jax.device_get(out)
+        self.counts["prefill_steps"] += 1
+        self.counts["prefill_us"] += int(1e6 * (time.perf_counter() - began))
+        for i, (request, span) in enumerate(zip(todo, spans)):
+            if request is not None:
+                self._chunk_read(request, i, span, out, following[i])
+
+    def _chunk_read(self, request: Request, i: int, span: tuple[int, int], out: Stepped, following) -> None:
+        start, stop = span
+        n = stop - start
+        self._count_load(out.indices[:, i, :n])
+        if request.prompt_logprobs is not None:
+            request.prompt_said += [
+                self._sampled(out, i, j, int(following[j]), request.prompt_logprobs)
+                for j in range(n)
+                if following[j] >= 0
+            ]
+        request.length = stop
+        chunk, size = self.options.prefill_chunk, self.options.page_size
+        if start % chunk == 0 and n == chunk:
+            name = self._chunks(request)[start // chunk]
+            self.pools[request.shard].remember(name, request.pages[start // size : stop // size])
+        if stop == len(request.prompt):
+            request.drafts = out.drafts[i].tolist()
+            at = n - 1 if out.logprobs.chosen.shape[1] > 1 else 0
+            experts = out.indices[:, i, n - 1]
+            self._emit(request, [self._sampled(out, i, at, int(out.tokens[i, 0]), request.logprobs, experts)])
+
+    def _decode(self) -> None:
+        for request in sorted(self.running, key=lambda r: (r.arrived, r.id)):
+            if request in self.running and request.prefilled:
+                self._grow(request)
+        by_shard = [[r for r in self.running if r.shard == s and r.prefilled] for s in range(self.n_shards)]
+        most = max(map(len, by_shard))
+        if not most:
+            return
+        b = next(n for n in self.row_sizes if n >= most)
+        drafting = self.pace.drafting(b)
+        k = self.n_draft if drafting else 0
+        rows = self._rows(by_shard, b)
+        tokens = np.zeros((self.n_shards * b, 1 + k), np.int32)
+        drafted = np.zeros(self.n_shards * b, np.int32)
+        placed = [(s * b + i, r) for s, of_shard in enumerate(by_shard) for i, r in enumerate(of_shard)]
+        for i, request in placed:
+            tokens[i, 0] = request.tokens[-1]
+            if k and len(request.drafts) == k and not request.shaped and request.length + 1 + k <= self.longest:
+                tokens[i, 1:], drafted[i] = request.drafts, k
+        began = time.perf_counter()
+        self.pages, out = programs.step(
+            self.weights,
+            self.pages,
+            rows.replace(tokens=self._lay(tokens)),
+            self._lay(drafted),
+            compute=self.compute,
+            n_draft=k,
+        )
+        out = jax.device_get(out)
+        seconds = time.perf_counter() - began
+        self.counts["steps"] += 1
+        self.counts["step_us"] += int(1e6 * seconds)
+        for i, request in placed:
+            accepted = int(out.accepted[i])
+            if drafted[i]:
+                self.drafted_at[:k] += 1
+                self.accepted_at[:accepted] += 1
+                request.n_drafted += k
+            request.length += accepted + 1
+            request.drafts = out.drafts[i].tolist() if k else []
+            self._count_load(out.indices[:, i, : accepted + 1])
+            said = []
+            for j in range(accepted + 1):
+                experts = out.indices[:, i, j]
+                one = self._sampled(out, i, j, int(out.tokens[i, j]), request.logprobs, experts, j < accepted)
+                said.append(one)
+            self._emit(request, said)
+        taken = [1 + int(out.accepted[i]) for i, _ in placed if drafted[i]]
+        self.pace.took(b, drafting, seconds, taken)
+
+    def _emit(self, request: Request, said: list[Sampled]) -> None:
+        """New tokens, up to the end of the text if they hold it."""
+        reason, kept = None, []
+        for one in said:
+            kept.append(one)
+            request.tokens.append(one.token)
+            if request.grammar is not None:
+                request.grammar.advance(one.token)
+            if one.token in request.stop_ids and request.n_new > request.min_tokens:
+                reason = "stop"
+            elif request.n_new >= request.max_tokens:
+                reason = "length"
+            if reason:
+                break
+        if request.first_token_at is None:
+            request.first_token_at = time.monotonic()
+        self.counts["generated_tokens"] += len(kept)
+        request.n_accepted += sum(one.drafted for one in kept)
+        if request.tell(kept) and reason != "stop":
+            reason = "stop"
+        if reason:
+            self._end(request, reason)
+
+    # Arrays
+
+    def _lay(self, a: np.ndarray) -> jax.Array:
+        return jax.device_put(a, spec("batch", *(None,) * (a.ndim - 1)))
+
+    def _rows(self, by_shard: list[list[Request]], b: int, n_pages: int | None = None) -> Rows:
+        """All but the tokens, of b rows a shard, with as many pages as they have, or the first n_pages."""
+        n = self.n_shards * b
+        placed = [(s * b + i, r) for s, of_shard in enumerate(by_shard) for i, r in enumerate(of_shard)]
+        n_pages = n_pages or max((len(r.pages) for _, r in placed), default=0)
+        width = next(w for w in self.page_sizes if w >= n_pages)
+        table, length = np.zeros((n, width), np.int32), np.zeros(n, np.int32)
+        floats = np.zeros((3, n), np.float32)
+        floats[1] = 1
+        top_k, seed = np.zeros(n, np.int32), np.zeros(n, np.uint32)
+        want = False
+        for i, r in placed:
+            table[i, : len(r.pages)], length[i] = r.pages[:width], r.length
+            floats[:, i] = r.temperature, r.top_p, r.min_p
+            top_k[i], seed[i] = min(r.top_k, self.cfg.vocab_size), r.seed % (1 << 32)
+            want |= r.logprobs is not None or r.prompt_logprobs is not None
+        temperature, top_p, min_p = map(self._lay, floats)
+        sampling = Sampling(temperature, self._lay(top_k), top_p, min_p, self._lay(seed))
+        added, factor = self._shapes(placed, n)
+        return Rows(None, self._lay(table), self._lay(length), sampling, added, factor, np.bool_(want))
+
+    def _shapes(self, placed: Iterable[tuple[int, Request]], n: int) -> tuple[jax.Array, jax.Array]:
+        """What is added to each row's logits, and what those of tokens that it has are divided by: [n, V]."""
+        v = self.cfg.vocab_size
+        if n not in self._even:
+            self._even[n] = self._lay(np.zeros((n, v), np.float32)), self._lay(np.ones((n, v), np.float32))
+        shaped = [(i, r) for i, r in placed if r.shaped]
+        if not shaped:
+            return self._even[n]
+        added, factor = np.zeros((n, v), np.float32), np.ones((n, v), np.float32)
+        for i, r in shaped:
+            for token, bias in r.logit_bias.items():
+                added[i, token] += bias
+            if r.presence_penalty or r.frequency_penalty:
+                new, times = np.unique(r.tokens[len(r.prompt) :], return_counts=True)
+                added[i, new.astype(int)] -= r.presence_penalty + r.frequency_penalty * times
+            if r.repetition_penalty != 1:
+                factor[i, np.unique(r.tokens)] = r.repetition_penalty
+            if r.n_new < r.min_tokens:
+                added[i, list(r.stop_ids)] = -np.inf
+            if r.grammar is not None and r.grammar.active:
+                added[i, r.grammar.forbidden()] = -np.inf
+        return self._lay(added), self._lay(factor)
+
+    def _count_load(self, indices: np.ndarray) -> None:
+        """indices: [expert layers, T, K] of tokens that count."""
+        e = self.cfg.n_routed_experts
+        flat = indices.reshape(len(indices), -1) + e * np.arange(len(indices))[:, None]
+        self.load += np.bincount(flat.ravel(), minlength=self.load.size).reshape(self.load.shape)
+
+    @staticmethod
+    def _sampled(out: Stepped, i, j, token: int, n_top: int | None, experts=None, drafted=False) -> Sampled:
+        if n_top is None:
+            return Sampled(token, drafted=drafted, experts=experts)
+        p = out.logprobs
+        top = tuple(zip(p.top_ids[i, j, :n_top].tolist(), p.top[i, j, :n_top].tolist()))
+        return Sampled(token, float(p.chosen[i, j]), top, drafted, experts)
+
+
+class _Pace:
+    """Whether drafts pay: tokens a step that they bring, against the time that a step with them takes more."""
+
+    def __init__(self, n_draft: int):
+        self.n_draft, self.n_steps, self.trying = n_draft, 0, 0
+        self.tokens = 1.0 + n_draft  # a step and row, of late
+        self._seconds: dict[tuple[int, bool], deque[float]] = {}  # of the last steps by rows, with drafts and without
+
+    def drafting(self, rows: int) -> bool:
+        """Whether the next step is to have drafts."""
+        if not self.n_draft:
+            return False
+        self.n_steps += 1
+        with_drafts, without = self.seconds(rows, True), self.seconds(rows, False)
+        pays = with_drafts is None or without is None or self.tokens > with_drafts / without
+        if self.n_steps % _TRY_EVERY == 0:
+            self.trying = _TRY_FOR
+        if self.trying:  # the other way, to know what it takes
+            self.trying -= 1
+            return without is not None and not pays
+        return pays
+
+    def seconds(self, rows: int, drafting: bool) -> float | None:
+        """Of a step: the median of the last ones. The first one compiled, and does not count."""
+        known = self._seconds.get((rows, drafting), ())
+        return statistics.median(list(known)[1:]) if len(known) > 2 else None
+
+    def took(self, rows: int, drafting: bool, seconds: float, tokens: list[int]) -> None:
+        """tokens: that each row with drafts got."""
+        known = self._seconds.setdefault((rows, drafting), deque(maxlen=16))
+        known.append(seconds)
+        if tokens:
+            share = min(0.5, 0.02 * len(tokens))
+            self.tokens += share * (sum(tokens) / len(tokens) - self.tokens)
+
+
+def _sizes(first: int, last: int) -> list[int]:
+    """first, four times as much, and so on, and last."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 4
+    return [*sizes, last]
+
+
+_fetch = jax.jit(fetch)
+_put = jax.jit(put, donate_argnums=0)

@@ -1,0 +1,271 @@
+"""The HTTP interface: OpenAI's, what vLLM adds to it, and the page at /.
+
+app = create_app(service); uvicorn.run(app, host="127.0.0.1", port=8000)
+"""
+
+import asyncio
+import contextlib
+import hmac
+import importlib.resources
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from dsjax.config import ConfigError
+from dsjax.infer.server import chat, completions
+from dsjax.infer.server.driver import Closing, Full
+from dsjax.infer.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from dsjax.infer.server.service import Failed, Service
+
+_RETRY_AFTER_S = 5
+_PAGE = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class Limits:
+    """ASGI middleware: a body no larger than may be."""
+
+    def __init__(self, app, most: int):
+        self.app, self.most = app, most
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self.most:
+            return await self._refuse(scope, receive, send)
+        seen, refused = 0, False
+
+        async def counted():
+            nonlocal seen, refused
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self.most:
+                refused = True
+                raise HTTPException(413, f"the body is larger than {self.most:,} bytes")
+            return message
+
+        await self.app(scope, counted, send)
+
+    async def _refuse(self, scope, receive, send):
+        await _error(413, f"the body is larger than {self.most:,} bytes")(scope, receive, send)
+
+
+def create_app(service: Service, version: str = "") -> FastAPI:
+    """The application of one model. Its engine's thread runs from start to end of the server."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI):
+        service.driver.start()
+        yield
+        await service.driver.drain(service.config.drain_s)
+        await asyncio.to_thread(service.driver.close)
+
+    app = FastAPI(title="dsjax", version=version or "0", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Limits, most=int(service.config.max_body_mib * (1 << 20)))
+    _errors(app)
+
+    async def allowed(request: Request) -> None:
+        if service.config.api_key is None:
+            return
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {service.config.api_key}".encode()):
+            raise HTTPException(401, "no key, or a wrong one; expected `Authorization: Bearer KEY`")
+
+    def known(model: str | None) -> None:
+        if model is not None and model != service.name:
+            raise HTTPException(404, f"model {model!r} is not here; there is {service.name!r}")
+
+    guarded = [Depends(allowed)]
+
+    @app.post("/v1/completions", dependencies=guarded)
+    async def complete(body: CompletionRequest, request: Request):
+        known(body.model)
+        return await _answer(service, request, body, completions.whole, completions.stream)
+
+    @app.post("/v1/chat/completions", dependencies=guarded)
+    async def converse(body: ChatRequest, request: Request):
+        known(body.model)
+        return await _answer(service, request, body, chat.whole, chat.stream)
+
+    @app.get("/v1/models", dependencies=guarded)
+    async def models():
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}", dependencies=guarded)
+    async def model(name: str):
+        known(name)
+        return _model(service)
+
+    @app.post("/tokenize", dependencies=guarded)
+    async def tokenize(body: TokenizeRequest):
+        known(body.model)
+        if body.messages is not None:
+            tokens = chat.prompt_of(service, body.messages, add_generation_prompt=body.add_generation_prompt)
+        elif body.add_special_tokens:
+            tokens = service.encode(body.prompt)
+        else:
+            tokens = service.tokenizer.encode(body.prompt)
+        result = {"count": len(tokens), "max_model_len": service.driver.engine.longest, "tokens": tokens}
+        if body.return_token_strs:
+            result["token_strs"] = [service.tokenizer.decode([t], skip_special=False) for t in tokens]
+        return result
+
+    @app.post("/detokenize", dependencies=guarded)
+    async def detokenize(body: DetokenizeRequest):
+        known(body.model)
+        most = service.loaded.config.model.vocab_size
+        if bad := [t for t in body.tokens if t >= most]:
+            raise ConfigError(f"tokens: {bad[0]}; expected below {most}")
+        return {"prompt": service.tokenizer.decode(body.tokens, skip_special=False)}
+
+    @app.get("/tokenizer_info", dependencies=guarded)
+    async def tokenizer_info():
+        t = service.tokenizer
+        strings = {f"{name}_token": t.decode([id], skip_special=False) for name, id in t.special_ids.items()}
+        source = service.template and service.template.source
+        return {"tokenizer_class": t.kind, "vocab_size": t.vocab_size, "chat_template": source, **strings}
+
+    @app.get("/", include_in_schema=False)
+    @app.get("/page.{kind}", include_in_schema=False)
+    async def page(kind: str = "html"):
+        if kind not in _PAGE:
+            raise HTTPException(404, "Not Found")
+        text = importlib.resources.files(__package__).joinpath(f"page.{kind}").read_text(encoding="utf-8")
+        return Response(text, media_type=_PAGE[kind], headers=_PAGE_HEADERS)
+
+    @app.get("/about", include_in_schema=False)
+    async def about():
+        experts = service.loaded.config.model.n_routed_experts
+        return {"model": service.name, "n_routed_experts": experts, "chat": service.template is not None}
+
+    @app.get("/metrics", dependencies=guarded, include_in_schema=False)
+    async def metrics():
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/health")
+    async def health():
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready():
+        """Requests are taken, and steps go forward."""
+        good = service.driver.ready
+        return JSONResponse({"status": "ready" if good else "not ready"}, 200 if good else 503)
+
+    return app
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "dsjax",
+        "max_model_len": service.driver.engine.longest,
+    }
+
+
+async def _answer(service: Service, request: Request, body, whole: Callable, stream: Callable):
+    """The whole answer, or its pieces as server-sent events. Who goes away, or takes too long, ends the request."""
+    service.driver.check()
+    if not body.stream:
+        return JSONResponse(await _while_connected(request, whole(service, body), service.config.timeout_s))
+    pieces = stream(service, body)
+    first = await anext(pieces)  # what is wrong with a request shows before the status is sent
+
+    async def events() -> AsyncIterator[str]:
+        end = time.monotonic() + service.config.timeout_s
+        async with contextlib.aclosing(pieces):
+            try:
+                yield _event(first)
+                while True:
+                    async with asyncio.timeout(max(0, end - time.monotonic())):
+                        piece = await anext(pieces)
+                    yield _event(piece)
+            except StopAsyncIteration:
+                yield "data: [DONE]\n\n"
+            except TimeoutError:
+                yield _event(_envelope(504, f"not done in {service.config.timeout_s:g} s"))
+            except Failed as error:
+                yield _event(_envelope(500, str(error)))
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _event(value: Any) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def _while_connected(request: Request, answer: Awaitable, seconds: float) -> Any:
+    task = asyncio.ensure_future(answer)
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watch = asyncio.create_task(gone())
+    try:
+        await asyncio.wait({task, watch}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise HTTPException(*((499, "the client went away") if watch.done() else (504, f"not done in {seconds:g} s")))
+    finally:
+        for one in (task, watch):
+            one.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+# Errors
+
+_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def _envelope(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(_RETRY_AFTER_S)}}.get(status)
+    return JSONResponse(_envelope(status, message, param), status, headers=headers)
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError):
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return _error(400, f"{where or 'body'}: {first['msg']}", where or None)
+
+    @app.exception_handler(ConfigError)
+    async def refused(request: Request, error: ConfigError):
+        return _error(400, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def plain(request: Request, error: HTTPException):
+        return _error(error.status_code, str(error.detail))
+
+    @app.exception_handler(Full)
+    async def full(request: Request, error: Full):
+        return _error(429, "too many requests wait; try again")
+
+    @app.exception_handler(Closing)
+    async def closing(request: Request, error: Closing):
+        return _error(503, "the server is ending")
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception):
+        return _error(500, str(error) if isinstance(error, Failed) else f"{type(error).__name__}")

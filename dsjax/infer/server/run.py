@@ -1,0 +1,63 @@
+"""A server from a folder: load, compile, listen."""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import uvicorn
+
+from dsjax.config import ConfigError, EngineConfig, ServerConfig
+from dsjax.hub.load import load
+from dsjax.infer.engine import Engine
+from dsjax.infer.server.app import create_app
+from dsjax.infer.server.driver import Driver
+from dsjax.infer.server.service import Service
+from sharding.mesh import make_mesh
+
+
+def run(
+    folder: Path,
+    *,
+    name: str,
+    host: str,
+    port: int,
+    engine: EngineConfig,
+    server: ServerConfig,
+    sizes: dict[str, int],
+    dtype: str | None,
+    step: int | None,
+    say: Callable[[str], None],
+    version: str,
+) -> None:
+    """Serves until a signal. Raises ConfigError for what the user can mend."""
+    n, progress = math.prod(sizes.values()), sys.stderr.isatty()
+    if n > len(jax.local_devices()):
+        raise ConfigError(f"--mesh={sizes}: needs {n} devices; there are {len(jax.local_devices())}")
+    mesh = make_mesh(jax.local_devices()[:n], **sizes)
+    loaded = load(folder, dtype, mesh, step=step, progress=progress, say=say)
+    loaded.tokenizer  # noqa: B018  a folder without one is refused before anything is compiled
+    with jax.set_mesh(mesh):
+        it = Engine(loaded, engine)
+        it.warm(progress=progress)
+    service = Service(loaded, Driver(it, server.max_waiting), server, name)
+    config = uvicorn.Config(
+        create_app(service, version),
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=math.ceil(server.drain_s) + 5,
+        lifespan="on",
+    )
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            if self.started:
+                where = self.servers[0].sockets[0].getsockname()
+                say(f"{name} is served at http://{where[0]}:{where[1]}  (Ctrl-C ends it)")
+
+    Server(config).run()

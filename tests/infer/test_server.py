@@ -1,0 +1,267 @@
+"""The server, over HTTP: what OpenAI's own client and plain requests get of it."""
+
+import asyncio
+import json
+import threading
+import time
+
+import httpx
+import jax
+import models
+import numpy as np
+import openai
+import pytest
+import uvicorn
+
+from dsjax.config import Config, EngineConfig, ServerConfig
+from dsjax.data.tokenizer import bytes_tokenizer
+from dsjax.hub.load import Loaded
+from dsjax.infer.engine import Engine
+from dsjax.infer.server.app import create_app
+from dsjax.infer.server.driver import Driver
+from dsjax.infer.server.service import Service
+from sharding.mesh import make_mesh
+
+CFG = models.v3(num_hidden_layers=2, max_position_embeddings=256, vocab_size=264)
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+TOKENIZER = bytes_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    TOKENIZER.save(folder / "tokenizer.json")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    mesh = make_mesh(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        model, bias = models.draw(CFG)
+        loaded = Loaded(model, bias, mesh, Config(model=CFG, seq_len=64, compute=models.COMPUTE), folder)
+        engine = Engine(loaded, EngineConfig(max_rows=4, page_size=8, prefill_chunk=16))
+    return Service(loaded, Driver(engine, max_waiting=6), ServerConfig(api_key="key", max_body_mib=0.1), "it")
+
+
+@pytest.fixture(scope="module")
+def url(service):
+    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="key", max_retries=0)
+
+
+@pytest.fixture
+def post(url):
+    def send(path, body, **headers):
+        headers = {"authorization": "Bearer key"} | headers
+        content = body if isinstance(body, bytes | str) else json.dumps(body)
+        return httpx.post(
+            url + path, content=content, headers={"content-type": "application/json"} | headers, timeout=60
+        )
+
+    return send
+
+
+def test_a_completion_is_the_same_whole_and_in_pieces(client):
+    options = {"model": "it", "prompt": "def f(", "max_tokens": 20, "temperature": 1.0, "seed": 3}
+    whole = client.completions.create(**options)
+    pieces = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(p.choices[0].text for p in pieces if p.choices) == whole.choices[0].text
+    assert whole.choices[0].finish_reason == pieces[-2].choices[0].finish_reason == "length"
+    assert whole.usage.prompt_tokens == 7 and whole.usage.completion_tokens == 20
+    assert pieces[-1].usage.total_tokens == 27 and not pieces[-1].choices
+    assert all(p.usage is None for p in pieces[:-1])
+    assert client.completions.create(**options | {"seed": 4}).choices[0].text != whole.choices[0].text
+
+
+def test_prompts_of_every_kind_and_n_samples_each(client):
+    ids = [TOKENIZER.bos_id, *TOKENIZER.encode("ab")]
+    options = {"model": "it", "max_tokens": 5, "temperature": 0.0}
+    text = client.completions.create(prompt="ab", **options).choices[0].text
+    for prompt in (ids, [ids], ["ab"]):
+        assert client.completions.create(prompt=prompt, **options).choices[0].text == text
+    many = client.completions.create(prompt=["ab", "cd"], n=2, **options | {"temperature": 1.5, "seed": 0})
+    assert [c.index for c in many.choices] == [0, 1, 2, 3]
+    assert len({c.text for c in many.choices}) == 4
+    assert many.usage.prompt_tokens == 6 and many.usage.completion_tokens == 20
+
+
+def test_echo_gives_the_prompts_own_logprobs(client, service):
+    ids = [TOKENIZER.bos_id, *TOKENIZER.encode("hello")]
+    answer = client.completions.create(model="it", prompt=ids, max_tokens=1, echo=True, logprobs=2, temperature=0.0)
+    got = answer.choices[0].logprobs
+    assert len(got.tokens) == len(got.token_logprobs) == len(got.top_logprobs) == 7
+    assert got.token_logprobs[0] is None and got.top_logprobs[0] is None
+    assert got.tokens[1:6] == list("hello")
+    loaded = service.loaded
+    with jax.set_mesh(loaded.mesh):
+        batch = models.pack([[6]], 6)
+        batch = batch.replace(tokens=jax.device_put(np.array([ids], np.int32), batch.tokens.sharding))
+        logits = loaded.model.logits(loaded.model(batch, loaded.router_bias, models.COMPUTE).hidden)[0]
+        logp = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+    np.testing.assert_allclose(got.token_logprobs[1:6], logp[np.arange(5), ids[1:]], atol=1e-4)
+    np.testing.assert_allclose(got.token_logprobs[6], logp[5].max(), atol=1e-4)
+    nothing = client.completions.create(model="it", prompt="hello", max_tokens=0, echo=True, logprobs=1)
+    assert nothing.choices[0].text == "hello" and nothing.usage.completion_tokens == 0
+    assert (
+        nothing.choices[0].logprobs.tokens == list("hello") and None not in nothing.choices[0].logprobs.token_logprobs
+    )
+    assert nothing.choices[0].logprobs.text_offset == [0, 1, 2, 3, 4]
+
+
+def test_a_chat_is_its_rendered_text(client):
+    messages = [{"role": "user", "content": "hi"}]
+    chat = client.chat.completions.create(model="it", messages=messages, max_tokens=8, temperature=0.0)
+    text = client.completions.create(
+        model="it", prompt=TOKENIZER.encode("user: hi\nassistant: "), max_tokens=8, temperature=0.0
+    )
+    assert chat.choices[0].message.content == text.choices[0].text
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    again = client.chat.completions.create(
+        model="it", messages=parts, max_tokens=8, temperature=0.0, logprobs=True, top_logprobs=2
+    )
+    assert again.choices[0].message.content == chat.choices[0].message.content
+    assert len(again.choices[0].logprobs.content) == 8 and len(again.choices[0].logprobs.content[0].top_logprobs) == 2
+    stream = client.chat.completions.create(model="it", messages=messages, max_tokens=8, temperature=0.0, stream=True)
+    assert "".join(c.choices[0].delta.content or "" for c in stream) == chat.choices[0].message.content
+
+
+def test_a_stop_string_ends_the_text_and_is_no_part_of_it(client):
+    options = {"model": "it", "prompt": "x", "max_tokens": 30, "temperature": 0.0}
+    text = client.completions.create(**options).choices[0].text
+    stop = text[3:5]
+    got = client.completions.create(**options, stop=[stop, "zzzz"]).choices[0]
+    assert got.text == text[: text.index(stop)] and got.finish_reason == "stop"
+    kept = client.completions.create(**options, stop=stop, extra_body={"include_stop_str_in_output": True}).choices[0]
+    assert kept.text == text[: text.index(stop)] + stop
+
+
+def test_json_is_json_whatever_the_model_would_say(client):
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}, "b": {"enum": ["x", "y"]}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            model="it", messages=[{"role": "user", "content": "?"}], response_format=form, seed=seed, max_tokens=100
+        )
+        value = json.loads(answer.choices[0].message.content)
+        assert set(value) == {"a", "b"} and value["a"] in range(10) and value["b"] in ("x", "y")
+        assert answer.choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="response_format"):
+        form["json_schema"]["schema"] = {"type": "no such type"}
+        client.chat.completions.create(model="it", messages=[{"role": "user", "content": "?"}], response_format=form)
+
+
+def test_a_majority_votes(client):
+    answer = client.chat.completions.create(
+        model="it", messages=[{"role": "user", "content": "1+1"}], max_tokens=10, seed=0, extra_body={"majority": 5}
+    )
+    assert sum(vote["votes"] for vote in answer.votes) == 5 and len(answer.choices) == 1
+
+
+def test_tokens_and_back(post, url, client):
+    got = post("/tokenize", {"prompt": "hé", "return_token_strs": True}).json()
+    assert got["tokens"] == [TOKENIZER.bos_id, *TOKENIZER.encode("hé")] and got["count"] == 4
+    assert post("/detokenize", {"tokens": got["tokens"][1:]}).json() == {"prompt": "hé"}
+    rendered = post("/tokenize", {"messages": [{"role": "user", "content": "a"}]}).json()["tokens"]
+    assert TOKENIZER.decode(rendered) == "user: a\nassistant: "
+    assert [m.id for m in client.models.list()] == ["it"]
+    info = httpx.get(f"{url}/tokenizer_info", headers={"authorization": "Bearer key"}).json()
+    assert info["chat_template"] == TEMPLATE
+    assert httpx.get(f"{url}/health").status_code == httpx.get(f"{url}/ready").status_code == 200
+
+
+BAD = [
+    ("/v1/completions", {"prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
+    ("/v1/completions", {"prompt": "x", "temperature": 3}, 400, "temperature"),
+    ("/v1/completions", {"prompt": "x", "temperature": "warm"}, 400, "temperature"),
+    ("/v1/completions", {"prompt": []}, 400, "prompt"),
+    ("/v1/completions", {"prompt": [999]}, 400, "token 999"),
+    ("/v1/completions", {"prompt": "x" * 300}, 400, "301 tokens"),
+    ("/v1/completions", {"prompt": "x", "max_tokens": 5000}, 400, "max_tokens=5000"),
+    ("/v1/completions", {"prompt": "x", "model": "gpt-4"}, 404, "gpt-4"),
+    ("/v1/completions", {"prompt": "x", "logit_bias": {"999": 1}}, 400, "logit_bias"),
+    ("/v1/completions", "{", 400, "JSON"),
+    ("/v1/completions", b"x" * 200_000, 413, "larger"),
+    ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+    ("/v1/chat/completions", {"messages": [{"content": "x"}]}, 400, "role"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}, 400, "tools"),
+    ("/tokenize", {}, 400, "prompt or messages"),
+    ("/detokenize", {"tokens": [300]}, 400, "below 264"),
+    ("/v1/nothing", {}, 404, "Not Found"),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "word"), BAD, ids=lambda x: str(x)[:30])
+def test_what_is_wrong_gets_openais_envelope(post, path, body, status, word):
+    answer = post(path, body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert word in error["message"] and "\n" not in error["message"] and error["code"] == status
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_wrong_key_is_refused_and_unknown_fields_are_taken(post):
+    assert post("/v1/completions", {"prompt": "x"}, authorization="Bearer nokey").status_code == 401
+    assert post("/v1/completions", {"prompt": "x"}, authorization="").status_code == 401
+    assert post("/v1/completions", {"prompt": "x", "max_tokens": 1, "whatever": {"a": 1}}).status_code == 200
+
+
+def test_who_goes_away_is_forgotten_and_a_full_queue_says_so(url, service):
+    async def go():
+        headers = {"authorization": "Bearer key"}
+        body = {"prompt": "x", "max_tokens": 200, "stream": True, "ignore_eos": True}
+        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as http:
+
+            async def begin(stream=True):
+                async with http.stream("POST", "/v1/completions", json=body | {"stream": stream}) as answer:
+                    if answer.status_code == 200 and stream:
+                        async for _ in answer.aiter_lines():
+                            break
+                    return answer.status_code, answer.headers
+
+            many = [asyncio.create_task(begin()) for _ in range(30)]
+            codes = [(await task)[0] for task in many]
+            assert set(codes) <= {200, 429} and 200 in codes
+            task = asyncio.create_task(begin(stream=False))
+            await asyncio.sleep(0.3)
+            task.cancel()
+        end = time.monotonic() + 20
+        while service.driver.engine.busy and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+
+    asyncio.run(go())
+    assert not service.driver.engine.busy and service.driver.n_open == 0
+    assert all(pool.n_held == 0 for pool in service.driver.engine.pools)
+    assert service.driver.engine.counts["ended_cancelled"] > 0
+
+
+def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_well(post, service, monkeypatch):
+    from dsjax.infer import programs
+
+    step = programs.step
+
+    def fail(*args, **options):
+        monkeypatch.setattr(programs, "step", step)
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(programs, "step", fail)
+    assert post("/v1/completions", {"prompt": "x", "max_tokens": 5}).status_code == 500
+    assert post("/v1/completions", {"prompt": "x", "max_tokens": 5}).status_code == 200
+    assert service.driver.failures == 1
