@@ -375,6 +375,8 @@ class EngineConfig:
     page_size: int = Field(32, gt=0, description="tokens a page of the cache")
     prefill_chunk: int = Field(128, gt=0, description="tokens of a prompt read at once; beginnings shared by prompts")
     n_draft: int = Field(1, ge=0, le=8, description="tokens drafted a step by multi-token prediction; 0 = none")
+    redundant_experts: int = Field(0, ge=0, description="places for experts beside one each, for those of high load")
+    rebalance_steps: int = Field(1000, gt=0, description="steps after which the experts get new places by their load")
     one_shape: bool = Field(False, description="always all rows and pages: slower, and bits do not depend on the load")
 
     def __post_init__(self):

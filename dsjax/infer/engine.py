@@ -22,12 +22,14 @@ import numpy as np
 from dsjax.config import PLAIN, ConfigError, EngineConfig, replace
 from dsjax.hub.load import Loaded
 from dsjax.infer import programs
+from dsjax.infer.eplb import Placement, even_places, place_experts
 from dsjax.infer.pages import Pool, chunk_names
 from dsjax.infer.requests import Request, Sampled
 from dsjax.model.cache import fetch, new_pages, put
+from dsjax.model.moe import rearrange
 from dsjax.model.transformer import unstack
-from dsjax.precision import RECIPES, cast_weights
-from dsjax.state import Rows, Sampling, Stepped, Weights
+from dsjax.precision import RECIPES, cast_weights, weight_name
+from dsjax.state import Replicas, Rows, Sampling, Stepped, Weights
 from sharding.rules import RULES, spec
 
 _TRY_EVERY, _TRY_FOR = 128, 4  # steps: how often and how long the way is taken that does not seem to pay
@@ -51,8 +53,12 @@ class Engine:
         self.longest = min(options.max_model_len or cfg.max_position_embeddings, cfg.max_position_embeddings)
 
         model = cast_weights(loaded.model, self.compute.precision)
-        layers = jax.jit(unstack)(model) if jax.default_backend() == "cpu" else None
-        self.weights = Weights(model, layers, loaded.router_bias)
+        self.weights, self.placement = Weights(model, None, loaded.router_bias), None
+        self.load = np.zeros((cfg.num_moe_layers, cfg.n_routed_experts), np.int64)
+        self._load_then, self._placed_at = self.load.copy(), 0  # when the experts got their places
+        if options.redundant_experts:
+            self._replicate()
+        self._one_by_one()
 
         size = options.page_size
         per_row = -(-(self.longest + 1) // size)
@@ -74,7 +80,6 @@ class Engine:
         self.counts: Counter[str] = Counter()
         self.accepted_at = np.zeros(max(1, self.n_draft), np.int64)
         self.drafted_at = np.zeros(max(1, self.n_draft), np.int64)
-        self.load = np.zeros((cfg.num_moe_layers, cfg.n_routed_experts), np.int64)
         self.pace = _Pace(self.n_draft)
         self._even: dict[int, tuple[jax.Array, jax.Array]] = {}
 
@@ -93,6 +98,60 @@ class Engine:
             self._end(request, reason)
         self._new.clear()
         self._empty()
+
+    # Experts
+
+    def _one_by_one(self) -> None:
+        """On a CPU the blocks are read one by one: a scan over stacked layers copies all their weights every step."""
+        if jax.default_backend() == "cpu":
+            self.weights = self.weights.replace(layers=None)
+            self.weights = self.weights.replace(layers=jax.jit(unstack)(self.weights.model))
+
+    def _replicate(self) -> None:
+        n_layers, n_experts = self.load.shape
+        n, n_devices = n_experts + self.options.redundant_experts, self.mesh.shape["expert"]
+        if n % n_devices:
+            raise ConfigError(
+                f"redundant_experts={self.options.redundant_experts}: {n} places do not divide by expert={n_devices}; "
+                f"the nearest is {n_devices - n_experts % n_devices}"
+            )
+        first = Placement(*np.broadcast_arrays(np.arange(n_experts), 0, 0))._replace(
+            expert=np.tile(np.arange(n_experts), (n_layers, 1)),
+            place=np.tile(np.arange(n_experts)[:, None], (n_layers, 1, 1)),
+        )
+        self._move(first, even_places(n_layers, n_experts, n, n_devices))
+
+    def rebalance(self) -> None:
+        """Gives the experts new places by the tokens that they got since they had their last ones. Between two steps:
+        no request notices."""
+        n_places, n_devices = self.placement.expert.shape[1], self.mesh.shape["expert"]
+        load = self.load - self._load_then
+        self._load_then, self._placed_at = self.load.copy(), self.counts["steps"]
+        groups = self.cfg.n_group or 1
+        nodes = self.compute.expert_groups
+        hierarchical = n_devices % nodes == 0 and n_places % nodes == 0
+        self._move(self.placement, place_experts(load, n_places, groups, nodes if hierarchical else 1, n_devices))
+        self._one_by_one()
+        self.counts["rebalances"] += 1
+
+    def _move(self, old: Placement, new: Placement) -> None:
+        """The experts' weights from their old places to their new ones."""
+        came_from = np.take_along_axis(old.place[:, :, 0], new.expert, axis=1).astype(np.int32)
+
+        def leaf(path, w):
+            name = weight_name(path)
+            return rearrange(w, came_from) if name.startswith("moe/ffn/experts/") else w
+
+        self.weights = self.weights.replace(layers=None)  # on a CPU these are copies
+        model = jax.tree_util.tree_map_with_path(leaf, self.weights.model)
+        most = self.options.redundant_experts + 1
+        turns = np.arange(most) % new.count[:, :, None]
+        wide = np.pad(new.place, ((0, 0), (0, 0), (0, max(0, most - new.place.shape[2]))))
+        place = np.take_along_axis(wide, turns, axis=2)
+        self.weights = self.weights.replace(
+            model=model, replicas=Replicas(*(jax.device_put(a.astype(np.int32), jax.P()) for a in (place, new.count)))
+        )
+        self.placement = new
 
     # Requests
 
@@ -159,6 +218,8 @@ class Engine:
         self._admit()
         self._prefill()
         self._decode()
+        if self.placement is not None and self.counts["steps"] - self._placed_at >= self.options.rebalance_steps:
+            self.rebalance()
 
     def _end(self, request: Request, reason: str) -> None:
         if request in self.running:

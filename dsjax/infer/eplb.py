@@ -61,6 +61,11 @@ def _of_layer(load: np.ndarray, n_places: int, n_groups: int, n_nodes: int, n_de
     return np.concatenate(places)
 
 
+def even_places(n_layers: int, n_experts: int, n_places: int, n_devices: int) -> Placement:
+    """Where all experts have the same load."""
+    return place_experts(np.ones((n_layers, n_experts)), n_places, 1, 1, n_devices)
+
+
 def pack(weight: np.ndarray, n_packs: int) -> np.ndarray:
     """The items of each pack, [n_packs, n / n_packs]: the heaviest first, each into the lightest pack with room."""
     size = len(weight) // n_packs

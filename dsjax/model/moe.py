@@ -125,6 +125,22 @@ def _experts_of_device(
     return combine(y, plan).reshape(x.shape), lax.psum(plan.overflow, TOKEN_AXES)
 
 
+@jax.jit
+def rearrange(w: Float[Array, "L E *F"], came_from: Int[Array, "L R"]) -> Float[Array, "L R *F"]:
+    """Routed experts' weights of all layers, [came_from[l, r]] of the old places at each new one, layer after layer."""
+    held = jax.typeof(w).sharding.spec
+
+    def local(w, came_from):
+        def layer(pair):
+            return whole(pair[0], "expert")[pair[1]]
+
+        return lax.map(layer, (w, came_from))
+
+    return jax.shard_map(local, in_specs=(held, P(None, "expert")), out_specs=held, check_vma=False)(
+        w, jax.reshard(came_from, P(None, "expert"))
+    )
+
+
 def _in_turn(indices: Int[Array, "B T K"], replicas: Replicas) -> Int[Array, "B T K"]:
     """The places of chosen experts: neighbouring tokens go to different ones."""
     t = indices.shape[1]

@@ -247,6 +247,26 @@ def test_expert_load_counts_every_token_once():
     assert engine.load.shape == (1, CFG.n_routed_experts)
 
 
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"expert": 2, "tensor": 2}], ids=["one device", "four"])
+def test_experts_of_several_places_that_change_give_the_same_texts(sizes):
+    clients = [Client(prompt) for prompt in PROMPTS]
+    options = {"redundant_experts": 4, "rebalance_steps": 3, "cache_tokens": 320}
+    engine = serve(clients, sizes=tuple(sizes.items()), **options)
+    assert engine.counts["rebalances"] > 2
+    assert engine.placement.count.sum() == CFG.n_routed_experts + 4 and engine.placement.count.max() > 1
+    for prompt, client in zip(PROMPTS, clients):
+        assert client.tokens == alone(tuple(prompt))
+
+
+def test_places_that_no_device_can_share_are_refused():
+    it = loaded(expert=2, tensor=2)
+    with (
+        jax.set_mesh(it.mesh),
+        pytest.raises(ConfigError, match="redundant_experts=3: 11 places do not divide by expert=2; the nearest is 2"),
+    ):
+        Engine(it, EngineConfig(**OPTIONS, redundant_experts=3))
+
+
 @pytest.mark.parametrize("sizes", [{"data": 2}, {"expert": 2, "tensor": 2}], ids=["data", "expert and tensor"])
 def test_a_mesh_gives_the_same_texts(sizes):
     clients = [Client(prompt) for prompt in PROMPTS]

@@ -1,6 +1,7 @@
 """A server from a folder: load, compile, listen."""
 
 import math
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from dsjax.infer.engine import Engine
 from dsjax.infer.server.app import create_app
 from dsjax.infer.server.driver import Driver
 from dsjax.infer.server.service import Service
-from sharding.mesh import make_mesh
+from sharding.mesh import make_mesh, show_axes
 
 
 def run(
@@ -34,7 +35,7 @@ def run(
     """Serves until a signal. Raises ConfigError for what the user can mend."""
     n, progress = math.prod(sizes.values()), sys.stderr.isatty()
     if n > len(jax.local_devices()):
-        raise ConfigError(f"--mesh={sizes}: needs {n} devices; there are {len(jax.local_devices())}")
+        raise ConfigError(f"--mesh={show_axes(sizes)}: needs {n} devices; there are {len(jax.local_devices())}")
     mesh = make_mesh(jax.local_devices()[:n], **sizes)
     loaded = load(folder, dtype, mesh, step=step, progress=progress, say=say)
     loaded.tokenizer  # noqa: B018  a folder without one is refused before anything is compiled
@@ -60,4 +61,6 @@ def run(
                 where = self.servers[0].sockets[0].getsockname()
                 say(f"{name} is served at http://{where[0]}:{where[1]}  (Ctrl-C ends it)")
 
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, and raises them once more for whoever had them
+        signal.signal(number, lambda *_: None)
     Server(config).run()
