@@ -216,7 +216,9 @@ class Engine:
             for request in [r for r in (*self.waiting, *self.running) if r.id == id]:
                 self._end(request, "cancelled")
         self._admit()
-        self._prefill()
+        read = 0
+        while read < self.options.prefill_chunk and (n := self._prefill()):  # short prompts do not wait for steps
+            read += n
         self._decode()
         if self.placement is not None and self.counts["steps"] - self._placed_at >= self.options.rebalance_steps:
             self.rebalance()
@@ -324,11 +326,11 @@ class Engine:
 
     # Steps
 
-    def _prefill(self) -> None:
-        """A chunk of the oldest prompt of each shard that is not read yet."""
+    def _prefill(self) -> int:
+        """A chunk of the oldest prompt of each shard that is not read yet; the most tokens of a shard."""
         todo = [next((r for r in self.running if r.shard == s and not r.prefilled), None) for s in range(self.n_shards)]
         if not any(todo):
-            return
+            return 0
         for request in filter(None, todo):
             self._share_more(request)
         chunk = self.options.prefill_chunk
@@ -366,6 +368,7 @@ class Engine:
         for i, (request, span) in enumerate(zip(todo, spans)):
             if request is not None:
                 self._chunk_read(request, i, span, out, following[i])
+        return int(n_new.max())
 
     def _chunk_read(self, request: Request, i: int, span: tuple[int, int], out: Stepped, following) -> None:
         start, stop = span

@@ -199,7 +199,7 @@ def test_a_corpus_killed_at_any_write_is_the_same_in_the_end(copied, corpus, mon
             shutil.move(source, target)
 
         with monkeypatch.context() as patch:
-            patch.setattr("dsjax.data.corpus.os.replace", replace)
+            patch.setattr("dsjax.files.os.replace", replace)
             try:
                 load()
             except Killed:

@@ -26,7 +26,7 @@ def test_latents_travel_and_not_the_keys_that_they_expand_to():
         )
 
         def energy(x):
-            return jnp.sum(attention(x, rope_tables(positions, CFG), segments)[0] ** 2)
+            return jnp.sum(attention(x, rope_tables(positions, CFG), segments) ** 2)
 
         program = jax.jit(jax.grad(energy)).lower(x).compile().as_text()
     latent = B * T * (CFG.kv_lora_rank + CFG.qk_rope_head_dim)
