@@ -400,7 +400,7 @@ class Engine:
         if not most:
             return
         b = next(n for n in self.row_sizes if n >= most)
-        drafting = self.pace.drafting(b)
+        drafting = self.n_draft > 0 if self.options.one_shape else self.pace.drafting(b)
         k = self.n_draft if drafting else 0
         rows = self._rows(by_shard, b)
         tokens = np.zeros((self.n_shards * b, 1 + k), np.int32)

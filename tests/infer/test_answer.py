@@ -2,7 +2,7 @@
 
 import json
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax.infer.server.answer import Answer, arguments_problem
@@ -34,6 +34,7 @@ TEXTS = {
 
 
 @given(st.sampled_from(sorted(TEXTS)), st.data())
+@settings(deadline=None)
 def test_an_answer_is_the_same_whatever_the_pieces(name, data):
     text, thinking, (reasoning, content, n_calls) = TEXTS[name]
     answer, at, pieces = Answer(thinking, tools=True), 0, []

@@ -139,6 +139,15 @@ def test_a_prompt_that_begins_as_another_one_did_is_read_from_there_bit_for_bit(
         assert [(one.token, one.logprob, one.top) for one in a.said] == [(o.token, o.logprob, o.top) for o in b.said]
 
 
+def test_with_one_shape_no_bit_depends_on_what_else_is_served():
+    options = {"temperature": 1.0, "seed": 3, "logprobs": 5}
+    one, many = Client(PROMPTS[1], **options), [Client(prompt, **options) for prompt in PROMPTS]
+    serve([one], one_shape=True)
+    serve(many, one_shape=True)
+    said = [[(o.token, o.logprob, o.top) for o in client.said] for client in (one, many[1])]
+    assert said[0] == said[1]
+
+
 def test_a_request_is_cancelled_wherever_it_is():
     waiting, reading, writing = Client(PROMPTS[0]), Client(list(range(30)), max_tokens=20), Client([1], max_tokens=40)
     it = loaded()

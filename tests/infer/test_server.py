@@ -243,7 +243,7 @@ def test_who_goes_away_is_forgotten_and_a_full_queue_says_so(url, service):
             await asyncio.sleep(0.3)
             task.cancel()
         end = time.monotonic() + 20
-        while service.driver.engine.busy and time.monotonic() < end:
+        while (service.driver.engine.busy or service.driver.n_open) and time.monotonic() < end:
             await asyncio.sleep(0.02)
 
     asyncio.run(go())

@@ -1,6 +1,6 @@
 """Text as it comes: whole characters, nothing of a stop string, nothing lost."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsjax.data.tokenizer import bytes_tokenizer
@@ -10,6 +10,7 @@ TOKENIZER = bytes_tokenizer()
 
 
 @given(st.text("abé😀", max_size=30), st.lists(st.text("abé", min_size=1, max_size=4), max_size=3), st.data())
+@settings(deadline=None)
 def test_pieces_are_the_text_up_to_the_first_stop_string(whole, stops, data):
     ids = TOKENIZER.encode(whole)
     text, pieces, at = Text(TOKENIZER, stops), [], 0
