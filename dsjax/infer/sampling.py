@@ -88,7 +88,8 @@ def _floor(logits: Float[Array, "B T V"], sampling: Sampling) -> Float[Array, "B
         return jnp.min(jnp.where(p >= floor, warm, jnp.inf), axis=-1, keepdims=True)
 
     anything = jnp.any((of_row["top_k"] > 0) | (of_row["top_p"] < 1) | (of_row["min_p"] > 0))
-    return lax.cond(anything, filtered, lambda: jnp.full_like(warm[..., :1], -jnp.inf))
+    nothing = jnp.full((*warm.shape[:2], 1), -jnp.inf, out_sharding=spec("batch", None, None))
+    return lax.cond(anything, filtered, lambda: nothing)
 
 
 def _highest(holds, p: Float[Array, "B T V"]) -> Float[Array, "B T 1"]:
@@ -97,8 +98,8 @@ def _highest(holds, p: Float[Array, "B T V"]) -> Float[Array, "B T 1"]:
     Floats above 0 are ordered as their bits: 31 steps find it exactly, where a sort of the vocabulary takes longer.
     """
     as_float = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)  # noqa: E731
-    low = jnp.zeros_like(p[..., :1], dtype=jnp.int32)
-    high = jnp.full_like(low, lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1)
+    low = jnp.zeros((*p.shape[:2], 1), jnp.int32, out_sharding=spec("batch", None, None))
+    high = low + lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1
 
     def halve(_, ends):
         low, high = ends
