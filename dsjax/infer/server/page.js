@@ -79,13 +79,17 @@ async function send(text) {
         if (delta.content) {
           if (thought && !answer) thought.open = false;
           answer += delta.content;
-          const span = make("span", said.some((one) => one.drafted) ? "t drafted" : "t", delta.content);
-          if (said.length) {
-            span.experts = said.at(-1).layers;
+          // Token by token where they are the text; a character of several tokens, or text held back, is one piece.
+          const whole = said.map((one) => one.token).join("") === delta.content;
+          const pieces = whole ? said.map((one) => [one.token, one]) : [[delta.content, said.at(-1)]];
+          for (const [piece, one] of pieces) {
+            const span = make("span", one && one.drafted ? "t drafted" : "t", piece);
+            content.append(span);
+            if (!one) continue;
+            span.experts = one.layers;
             span.onmouseenter = () => light(span);
+            light(span);
           }
-          content.append(span);
-          if (span.experts) light(span);
         }
         if (delta.tool_calls) content.append(make("pre", "", JSON.stringify(delta.tool_calls, null, 2)));
       }
