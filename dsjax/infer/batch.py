@@ -5,6 +5,7 @@ its own request (max_tokens, temperature, top_p, top_k, min_p, seed, stop). A li
 line in the input. What is in the output already is not done again: a run that was ended goes on.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 from tqdm import tqdm
 
 from dsjax.config import ConfigError, EngineConfig, show
+from dsjax.data.tokenizer import Tokenizer
 from dsjax.files import write_text
 from dsjax.hub.chat import ChatTemplate
 from dsjax.hub.load import Loaded
@@ -48,11 +50,14 @@ def run_batch(
     """
     with jax.set_mesh(loaded.mesh):
         engine = Engine(loaded, options)
+        template = functools.cache(lambda: ChatTemplate.load(loaded.folder))
         done, todo = _done(out), []
         for n, where, record in _records(prompts):
             if n in done:
                 continue
-            request, text = _request(loaded, record, where, defaults | {"seed": defaults.get("seed", 0) + n})
+            request, text = _request(
+                loaded.tokenizer, template, record, where, defaults | {"seed": defaults.get("seed", 0) + n}
+            )
             try:
                 request.check(engine.cfg.vocab_size, engine.longest)
             except ConfigError as error:
@@ -66,11 +71,7 @@ def run_batch(
             tqdm(total=len(todo), desc="prompts", disable=not progress, leave=False) as bar,
         ):
             for n, record, request, text in todo:
-                pieces: list[str] = []
-
-                def tell(said, request=request, text=text, pieces=pieces):
-                    pieces.append(text.push(one.token for one in said if one.token not in request.stop_ids))
-                    return text.stopped is not None
+                pieces = text.follow(request)
 
                 def finish(reason, n=n, record=record, request=request, text=text, pieces=pieces):
                     line = {
@@ -85,7 +86,7 @@ def run_batch(
                     file.flush()
                     bar.update()
 
-                request.tell, request.done = tell, finish
+                request.done = finish
                 engine.submit(request)
             engine.run()
     _write(out, _done(out))
@@ -111,8 +112,14 @@ def _records(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
         yield n, where, record
 
 
-def _request(loaded: Loaded, record: dict[str, Any], where: str, defaults: dict[str, Any]) -> tuple[Request, Text]:
-    tokenizer, given = loaded.tokenizer, {}
+def _request(
+    tokenizer: Tokenizer,
+    template: Callable[[], ChatTemplate],
+    record: dict[str, Any],
+    where: str,
+    defaults: dict[str, Any],
+) -> tuple[Request, Text]:
+    given = {}
     for name, kind in _FIELDS.items():
         if name in record:
             if not isinstance(record[name], kind) or isinstance(record[name], bool):
@@ -124,7 +131,7 @@ def _request(loaded: Loaded, record: dict[str, Any], where: str, defaults: dict[
         raise ConfigError(f"{where}: stop={show(stop)}: expected a text or a list of texts")
     if "messages" in record:
         try:
-            tokens = tokenizer.encode_rendered(ChatTemplate.load(loaded.folder).render(record["messages"]))
+            tokens = tokenizer.encode_rendered(template().render(record["messages"]))
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
     elif isinstance(record["prompt"], str):

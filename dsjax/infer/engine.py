@@ -210,6 +210,7 @@ class Engine:
         while self._new:
             request = self._new.popleft()
             request.tokens = list(request.prompt)
+            request.chunks = chunk_names(request.prompt, self.options.prefill_chunk)
             self.waiting.append(request)
         while self._cancelled:
             id = self._cancelled.popleft()
@@ -229,7 +230,7 @@ class Engine:
         else:
             self.waiting.remove(request)
         self.pools[request.shard].give_back(request.pages)
-        request.pages, request.kept, request.reason = [], None, reason
+        request.pages, request.kept = [], None
         self.counts[f"ended_{reason.split(':')[0]}"] += 1
         request.done(reason)
 
@@ -262,7 +263,7 @@ class Engine:
             self.pages = _put(self.pages, self._page_ids(pages[: request.kept_pages]), np.int32(shard), request.kept)
             request.kept = None
             return True
-        chunks = [] if request.prompt_logprobs is not None else self._chunks(request)
+        chunks = [] if request.prompt_logprobs is not None else request.chunks
         shared = pool.share(chunks[: (len(request.tokens) - 1) // self.options.prefill_chunk])
         more = pool.take(self._n_pages(len(request.tokens) + 1 + 2 * self.n_draft) - len(shared))
         if more is None:
@@ -279,8 +280,8 @@ class Engine:
         chunk, size, start = self.options.prefill_chunk, self.options.page_size, request.length
         if start % chunk or request.prompt_logprobs is not None:
             return
-        pool, names = self.pools[request.shard], self._chunks(request)
-        shared = pool.share(names[start // chunk : (len(request.tokens) - 1) // chunk])
+        pool = self.pools[request.shard]
+        shared = pool.share(request.chunks[start // chunk : (len(request.tokens) - 1) // chunk])
         own = slice(start // size, start // size + len(shared))
         pool.give_back(request.pages[own])
         request.pages[own] = shared
@@ -291,32 +292,27 @@ class Engine:
     def _n_pages(self, n_tokens: int) -> int:
         return -(-min(n_tokens, self.longest + 1) // self.options.page_size)
 
-    def _chunks(self, request: Request) -> list[bytes]:
-        return chunk_names(request.prompt, self.options.prefill_chunk)
-
     def _page_ids(self, pages: list[int]) -> np.ndarray:
         """Filled up to a fixed size with the page that nobody reads."""
         size = next(n for n in self.page_sizes if n >= len(pages))
         return np.array([*pages, *[0] * (size - len(pages))], np.int32)
 
-    def _grow(self, request: Request) -> bool:
-        """Pages for the next step, if need be those of younger requests; False if it had to give up its own."""
+    def _grow(self, request: Request) -> None:
+        """Pages for the next step, if need be those of younger requests, and its own if it is the youngest."""
         pool = self.pools[request.shard]
         while (lack := self._n_pages(request.length + 1 + 2 * self.n_draft) - len(request.pages)) > 0:
             if (pages := pool.take(lack)) is not None:
                 request.pages += pages
-                break
+                return
             youngest = max((r for r in self.running if r.shard == request.shard), key=lambda r: (r.arrived, r.id))
             self._preempt(youngest)
             if youngest is request:
-                return False
-        return True
+                return
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self.waiting.appendleft(request)
         self.counts["preemptions"] += 1
-        request.n_preempted += 1
         if request.prefilled:
             used = request.pages[: self._n_pages(request.length)]
             kept = _fetch(self.pages, self._page_ids(used), np.int32(request.shard))
@@ -383,8 +379,8 @@ class Engine:
         request.length = stop
         chunk, size = self.options.prefill_chunk, self.options.page_size
         if start % chunk == 0 and n == chunk:
-            name = self._chunks(request)[start // chunk]
-            self.pools[request.shard].remember(name, request.pages[start // size : stop // size])
+            pages = request.pages[start // size : stop // size]
+            self.pools[request.shard].remember(request.chunks[start // chunk], pages)
         if stop == len(request.prompt):
             request.drafts = out.drafts[i].tolist()
             at = n - 1 if out.logprobs.chosen.shape[1] > 1 else 0
@@ -405,7 +401,7 @@ class Engine:
         rows = self._rows(by_shard, b)
         tokens = np.zeros((self.n_shards * b, 1 + k), np.int32)
         drafted = np.zeros(self.n_shards * b, np.int32)
-        placed = [(s * b + i, r) for s, of_shard in enumerate(by_shard) for i, r in enumerate(of_shard)]
+        placed = _placed(by_shard, b)
         for i, request in placed:
             tokens[i, 0] = request.tokens[-1]
             if k and len(request.drafts) == k and not request.shaped and request.length + 1 + k <= self.longest:
@@ -423,6 +419,10 @@ class Engine:
         seconds = time.perf_counter() - began
         self.counts["steps"] += 1
         self.counts["step_us"] += int(1e6 * seconds)
+        counted = np.zeros(tokens.shape, bool)
+        for i, _ in placed:
+            counted[i, : 1 + out.accepted[i]] = True
+        self._count_load(out.indices[:, counted])
         for i, request in placed:
             accepted = int(out.accepted[i])
             if drafted[i]:
@@ -431,7 +431,6 @@ class Engine:
                 request.n_drafted += k
             request.length += accepted + 1
             request.drafts = out.drafts[i].tolist() if k else []
-            self._count_load(out.indices[:, i, : accepted + 1])
             said = []
             for j in range(accepted + 1):
                 experts = out.indices[:, i, j]
@@ -455,8 +454,6 @@ class Engine:
                 reason = "length"
             if reason:
                 break
-        if request.first_token_at is None:
-            request.first_token_at = time.monotonic()
         self.counts["generated_tokens"] += len(kept)
         request.n_accepted += sum(one.drafted for one in kept)
         if request.tell(kept) and reason != "stop":
@@ -472,7 +469,7 @@ class Engine:
     def _rows(self, by_shard: list[list[Request]], b: int, n_pages: int | None = None) -> Rows:
         """All but the tokens, of b rows a shard, with as many pages as they have, or the first n_pages."""
         n = self.n_shards * b
-        placed = [(s * b + i, r) for s, of_shard in enumerate(by_shard) for i, r in enumerate(of_shard)]
+        placed = _placed(by_shard, b)
         n_pages = n_pages or max((len(r.pages) for _, r in placed), default=0)
         width = next(w for w in self.page_sizes if w >= n_pages)
         table, length = np.zeros((n, width), np.int32), np.zeros(n, np.int32)
@@ -562,6 +559,11 @@ class _Pace:
         if tokens:
             share = min(0.5, 0.02 * len(tokens))
             self.tokens += share * (sum(tokens) / len(tokens) - self.tokens)
+
+
+def _placed(by_shard: list[list[Request]], b: int) -> list[tuple[int, Request]]:
+    """Each request with its row, of b a shard."""
+    return [(s * b + i, request) for s, of_shard in enumerate(by_shard) for i, request in enumerate(of_shard)]
 
 
 def _sizes(first: int, last: int) -> list[int]:

@@ -5,7 +5,6 @@ for text in stream("runs/tiny", "def ", temperature=0.7, top_p=0.95, max_tokens=
 """
 
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -85,12 +84,9 @@ def stream(
 def _continue(loaded: Loaded, tokenizer: Tokenizer, tokens: list[int], **request) -> Iterator[str]:
     room = min(loaded.config.model.max_position_embeddings, _round_up(len(tokens) + request["max_tokens"]))
     engine = Engine(loaded, EngineConfig(max_rows=1, max_model_len=max(2, room)))
-    text, pieces = Text(tokenizer), deque[str]()
-
-    def tell(said):
-        pieces.append(text.push(one.token for one in said if one.token not in tokenizer.eos_ids))
-
-    engine.submit(Request(tokens, stop_ids=tokenizer.eos_ids, tell=tell, **request))
+    asked, text = Request(tokens, stop_ids=tokenizer.eos_ids, **request), Text(tokenizer)
+    pieces = text.follow(asked)
+    engine.submit(asked)
     while engine.busy:
         engine.step()
         yield from filter(None, pieces)

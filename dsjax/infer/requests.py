@@ -61,7 +61,6 @@ class Request:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    want_experts: bool = False
     grammar: Grammar | None = None
     tell: Callable[[list[Sampled]], bool | None] = lambda tokens: None
     done: Callable[[str], None] = lambda reason: None
@@ -70,6 +69,7 @@ class Request:
     # What the engine knows of it.
     arrived: float = field(default_factory=time.monotonic)
     tokens: list[int] = field(default_factory=list)  # prompt and text
+    chunks: list[bytes] = field(default_factory=list)  # names of the prompt's whole chunks
     length: int = 0  # tokens in the cache
     pages: list[int] = field(default_factory=list)
     kept: Any = None  # what its pages held, on the host, while it has none
@@ -78,11 +78,8 @@ class Request:
     shard: int = 0
     n_cached: int = 0  # tokens of the prompt that were in the cache already
     prompt_said: list[Sampled | None] = field(default_factory=list)  # logprobs of the prompt's tokens
-    first_token_at: float | None = None
     n_drafted: int = 0
     n_accepted: int = 0
-    n_preempted: int = 0
-    reason: str | None = None
 
     @property
     def n_new(self) -> int:

@@ -1,8 +1,10 @@
 """Tokens as text while they come: whole characters only, up to a stop string."""
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 from dsjax.data.tokenizer import Detokenizer, Tokenizer
+from dsjax.infer.requests import Request, Sampled
 
 
 class Text:
@@ -15,6 +17,17 @@ class Text:
         self._stop, self._keep = [s for s in stop if s], keep_stop
         self._held = ""
         self.stopped: str | None = None  # the stop string that came
+
+    def follow(self, request: Request) -> deque[str]:
+        """The pieces of a request's text, as they come from now on; a stop string ends it."""
+        pieces: deque[str] = deque()
+
+        def tell(said: list[Sampled]) -> bool:
+            pieces.append(self.push(one.token for one in said if one.token not in request.stop_ids))
+            return self.stopped is not None
+
+        request.tell = tell
+        return pieces
 
     def push(self, ids: Iterable[int]) -> str:
         """What is certain now; nothing more once a stop string came."""

@@ -84,7 +84,7 @@ def _choices(service: Service, body: ChatRequest) -> list[_Choice]:
             longest = service.driver.engine.longest if body.thinking_budget is None else body.thinking_budget
             end = service.tokenizer.encode_rendered("</think>\n\n")
             grammar = Both(ThinkingBudget(longest, end, service.loaded.config.model.vocab_size), grammar)
-        more = {"grammar": grammar, "want_experts": body.want_experts}
+        more: dict[str, Any] = {"grammar": grammar}
         if body.logprobs:
             more["logprobs"] = body.top_logprobs or 0
         request = service.request(body, prompt, max_tokens, i, **more)

@@ -5,7 +5,6 @@ import contextlib
 import json
 import secrets
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,13 +88,7 @@ class Delta:
 
 async def follow(service: Service, request: Request, text: Text) -> AsyncIterator[Delta]:
     """A request's text as it comes; closing it cancels the request. Raises Failed, Full, Closing, ConfigError."""
-    pieces: deque[str] = deque()
-
-    def tell(said: list[Sampled]) -> bool:  # on the engine's thread: a stop string ends the request at once
-        pieces.append(text.push(one.token for one in said if one.token not in request.stop_ids))
-        return text.stopped is not None
-
-    request.tell = tell
+    pieces = text.follow(request)
     service.metrics.began(request)
     async with contextlib.aclosing(service.driver.generate(request)) as course:
         async for item in course:
