@@ -271,8 +271,7 @@ class Engine:
             return False
         request.pages = shared + more
         request.length = request.n_cached = len(shared) * self.options.page_size
-        self.counts["prompt_tokens"] += len(request.prompt)
-        self.counts["cached_tokens"] += request.n_cached
+        request.prompt_said = []  # of a reading that was broken off
         return True
 
     def _share_more(self, request: Request) -> None:
@@ -287,7 +286,6 @@ class Engine:
         request.pages[own] = shared
         request.length += len(shared) * size
         request.n_cached += len(shared) * size
-        self.counts["cached_tokens"] += len(shared) * size
 
     def _n_pages(self, n_tokens: int) -> int:
         return -(-min(n_tokens, self.longest + 1) // self.options.page_size)
@@ -382,6 +380,8 @@ class Engine:
             pages = request.pages[start // size : stop // size]
             self.pools[request.shard].remember(request.chunks[start // chunk], pages)
         if stop == len(request.prompt):
+            self.counts["prompt_tokens"] += stop
+            self.counts["cached_tokens"] += request.n_cached
             request.drafts = out.drafts[i].tolist()
             at = n - 1 if out.logprobs.chosen.shape[1] > 1 else 0
             experts = out.indices[:, i, n - 1]

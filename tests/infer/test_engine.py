@@ -224,6 +224,20 @@ def test_logprobs_of_the_prompt_are_those_of_the_full_forward_pass():
     np.testing.assert_allclose(client.said[0].logprob, logp[19].max(), atol=1e-4)
 
 
+def test_a_prompt_that_lost_its_pages_while_it_was_read_is_told_once():
+    client, it = Client(PROMPTS[2], prompt_logprobs=1), loaded()
+    with jax.set_mesh(it.mesh):
+        engine = Engine(it, EngineConfig(**OPTIONS))
+        engine.submit(client.request)
+        engine.step()
+        assert 0 < client.request.length < 20
+        engine._preempt(client.request)
+        engine.run()
+    assert [one.token for one in client.request.prompt_said] == PROMPTS[2][1:]
+    assert engine.counts["prompt_tokens"] == 20
+    assert client.tokens == alone(tuple(PROMPTS[2]))
+
+
 class Even:
     """A grammar of even tokens."""
 

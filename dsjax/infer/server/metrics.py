@@ -58,8 +58,8 @@ class Metrics:
         yield gauge("requests_waiting", "Requests without a row", self.driver.n_open - len(engine.running))
         yield gauge("cache_used_ratio", "Pages held by requests", held / pages)
         for name, help in {
-            "prompt_tokens": "Tokens of admitted prompts",
-            "cached_tokens": "Prompt tokens found in the cache",
+            "prompt_tokens": "Tokens of prompts that were read",
+            "cached_tokens": "Of these, found in the cache",
             "generated_tokens": "Tokens generated",
             "preemptions": "Times that a request lost its pages",
             "steps": "Steps of all rows",
