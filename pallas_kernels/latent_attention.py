@@ -8,6 +8,7 @@ later block changes them. Blocks past a row's length are not fetched.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from pallas_kernels.latent_attention_gpu import pallas_gpu
 
 IMPLEMENTATION_BY_PLATFORM = {"cpu": "reference", "tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
-_LANES = 128
+LANES = 128
 _OVER_ROWS, _OVER_COLUMNS = ((((1,), (axis,)), ((), ())) for axis in (0, 1))  # of the second operand
 _MAX_BLOCK = 1024  # entries; twice as many save a tenth of the instructions, and leave more of the last block unused
 
@@ -116,7 +117,7 @@ def pallas_tpu(
                 pl.BlockSpec((pl.squeezed, r, block), lambda b, j, length: (b, 0, fetched(b, j, length))),
             ],
             out_specs=pl.BlockSpec((pl.squeezed, rows, c), queries),
-            scratch_shapes=[pltpu.VMEM((rows, width), jnp.float32) for width in (_LANES, _LANES, c)],
+            scratch_shapes=scratch(rows, c),
         ),
         compiler_params=parameters("parallel", "arbitrary"),
         cost_estimate=pl.CostEstimate(
@@ -138,12 +139,7 @@ def pallas_tpu(
 
 def choose_block(rows: int, s: int, c: int, r: int, itemsize: int) -> int:
     """Entries of the cache in a block: the most, of 1024 and less, that fit VMEM with `rows` queries, but at most s."""
-
-    def bytes_needed(block):
-        twice = block * (_whole_lanes(c) + r) + rows * (2 * _whole_lanes(c) + _whole_lanes(r))
-        return 2 * itemsize * twice + 4 * rows * (2 * _LANES + _whole_lanes(c) + 3 * block)
-
-    block = next((n for n in (_MAX_BLOCK, 512, 256, _LANES) if bytes_needed(n) <= USED * VMEM_BYTES), None)
+    block = largest_block(rows, c, r, itemsize)
     if block is None:
         raise ValueError(
             f"latent attention: {rows} queries of width {c} + {r} do not fit {VMEM_BYTES >> 20} MiB of VMEM"
@@ -151,25 +147,61 @@ def choose_block(rows: int, s: int, c: int, r: int, itemsize: int) -> int:
     return min(block, s)
 
 
+def largest_block(rows: int, c: int, r: int, itemsize: int) -> int | None:
+    """Entries of the cache, 1024 or less, that fit VMEM with `rows` queries; None if not even 128 do."""
+
+    def bytes_needed(block):
+        twice = block * (_whole_lanes(c) + r) + rows * (2 * _whole_lanes(c) + _whole_lanes(r))
+        return 2 * itemsize * twice + 4 * rows * (2 * LANES + _whole_lanes(c) + 3 * block)
+
+    return next((n for n in (_MAX_BLOCK, 512, 256, LANES) if bytes_needed(n) <= USED * VMEM_BYTES), None)
+
+
 def _whole_lanes(n: int) -> int:
-    return -(-n // _LANES) * _LANES
+    return -(-n // LANES) * LANES
 
 
 def _kernel(
     length, q_latent, q_rope, c_kv, k_rope, out, largest, total, weighted, *, n_entries, n_heads, n_tokens, scale
 ):
-    """One block [block, C] and [R, block] of one row's entries, for its queries [T H, C] and [T H, R].
+    """One block [block, C] and [R, block] of one row's entries, for its queries [T H, C] and [T H, R]."""
+    row, j = pl.program_id(0), pl.program_id(1)
+    sums, start = Sums(largest, total, weighted), j * c_kv.shape[0]
+    pl.when(j == 0)(lambda: clear(sums))
+    first = jnp.minimum(length[row] + 1, n_entries)
+    stop = jnp.minimum(length[row] + n_tokens, n_entries)
+    add_block(sums, q_latent, q_rope, c_kv, k_rope, start, first, stop, n_heads, scale)
+    pl.when(j == pl.num_programs(1) - 1)(lambda: write(sums, out))
 
-    largest and total [T H, 128], the same on all lanes, and weighted [T H, C] are of the blocks so far.
-    """
-    row, j, block = pl.program_id(0), pl.program_id(1), c_kv.shape[0]
-    start, stop = j * block, jnp.minimum(length[row] + n_tokens, n_entries)
 
-    @pl.when(j == 0)
-    def _():
-        largest[...] = jnp.full_like(largest, -jnp.inf)
-        total[...] = jnp.zeros_like(total)
-        weighted[...] = jnp.zeros_like(weighted)
+class Sums(NamedTuple):
+    """Of the blocks so far, by query."""
+
+    largest: jax.Array  # [T H, 128] float32 score, the same on all lanes
+    total: jax.Array  # [T H, 128] float32 sum of exp(score - largest), the same on all lanes
+    weighted: jax.Array  # [T H, C] float32 sum of exp(score - largest) times values
+
+
+def scratch(rows: int, c: int) -> list:
+    """Room for Sums."""
+    return [pltpu.VMEM((rows, width), jnp.float32) for width in (LANES, LANES, c)]
+
+
+def clear(sums: Sums) -> None:
+    sums.largest[...] = jnp.full_like(sums.largest, -jnp.inf)
+    sums.total[...] = jnp.zeros_like(sums.total)
+    sums.weighted[...] = jnp.zeros_like(sums.weighted)
+
+
+def write(sums: Sums, out) -> None:
+    out[...] = (sums.weighted[...] / sums.total[:, :1]).astype(out.dtype)
+
+
+def add_block(sums: Sums, q_latent, q_rope, c_kv, k_rope, start, first, stop, n_heads, scale) -> None:
+    """Adds the entries [block, C] and [R, block] from `start` on, of which the first new token sees those before
+    `first`, each further one one more, but nobody sees those from `stop` on."""
+    largest, total, weighted = sums
+    rows, block = q_latent.shape[0], c_kv.shape[0]
 
     def add(scores, values):
         new = jnp.maximum(largest[...], jnp.max(scores, axis=1, keepdims=True))  # finite: everyone sees entry 0
@@ -183,22 +215,18 @@ def _kernel(
             product(q_latent[...], c_kv[...], _OVER_COLUMNS) + product(q_rope[...], k_rope[...], _OVER_ROWS)
         )
 
-    seen_by_all = start + block <= jnp.minimum(length[row] + 1, n_entries)
+    seen_by_all = start + block <= first
     pl.when(seen_by_all)(lambda: add(scores(), c_kv[...]))
 
     @pl.when(~seen_by_all & (start < stop))
     def _():
-        token = lax.div(lax.broadcasted_iota(jnp.int32, (out.shape[0], 1), 0), n_heads)
-        seen = jnp.minimum(length[row] + 1 + token, n_entries) - start
-        entry = lax.broadcasted_iota(jnp.int32, (out.shape[0], block), 1)
+        token = lax.div(lax.broadcasted_iota(jnp.int32, (rows, 1), 0), n_heads)
+        seen = jnp.minimum(first + token, stop) - start
+        entry = lax.broadcasted_iota(jnp.int32, (rows, block), 1)
         written = lax.broadcasted_iota(jnp.int32, (block, 1), 0) < stop - start
         # What is not written may be NaN, and so may what a block has beyond the end of the cache: no 0 helps there.
         values = jnp.where(written, c_kv[...], jnp.zeros((), c_kv.dtype))
         add(jnp.where(entry < seen, scores(), -jnp.inf), values)
-
-    @pl.when(j == pl.num_programs(1) - 1)
-    def _():
-        out[...] = (weighted[...] / total[:, :1]).astype(out.dtype)
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {

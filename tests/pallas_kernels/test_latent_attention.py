@@ -125,7 +125,7 @@ def test_a_model_decodes_with_the_kernel_as_with_the_definition(sizes, monkeypat
     """Three tokens at once and then one, after prompts of different length."""
     monkeypatch.setitem(module.IMPLEMENTATION_BY_PLATFORM, "cpu", "pallas_interpret")
     monkeypatch.setattr(module, "_MAX_BLOCK", 16)
-    monkeypatch.setattr(module, "_LANES", 16)
+    monkeypatch.setattr(module, "LANES", 16)
     cfg = models.v3(num_nextn_predict_layers=0)
     with jax.set_mesh(make_mesh(jax.devices()[: np.prod(list(sizes.values()))], **sizes)):
         model, bias = models.draw(cfg)

@@ -1,0 +1,235 @@
+"""Attention on a latent cache in pages, each read where it lies.
+
+`paged_attention` is the public function, `reference` its definition: the pages of a row put one behind the other, for
+`latent_attention`. `pallas_tpu` and `pallas_gpu` (in latent_attention_gpu.py) are its kernels with another way to the
+entries: pages are copied to the chip one by one, by the row's page table, and nothing is put together in HBM. On a TPU
+the copies of a block of pages run while the block before it is attended to, also from one row to the next.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int, Shaped
+
+from pallas_kernels import latent_attention, latent_attention_gpu
+from pallas_kernels.choice import choose, warn_once
+from pallas_kernels.grouped_matmul_tpu import VMEM_BYTES, parameters
+from pallas_kernels.latent_attention import IMPLEMENTATION_BY_PLATFORM, LANES, Sums
+
+PAGE_SIZE = {"cpu": 32}  # tokens a page, by platform
+ACCELERATOR_PAGE_SIZE = 128  # rotated keys of a page fill the lanes of a TPU
+_TABLE_BYTES = 512 << 10  # of the scalar memory, which has 1 MiB
+
+
+def paged_attention(
+    q_latent: Float[Array, "B T H C"],
+    q_rope: Float[Array, "B T H R"],
+    c_kv: Float[Array, "L P S C"],
+    k_rope: Float[Array, "L P S R"],
+    table: Int[Array, "B N"],
+    length: Int[Array, "B"],
+    layer: Int[Array, ""],
+    scale: float,
+    implementation: str = "auto",
+) -> Float[Array, "B T H C"]:
+    """`latent_attention` of each row on the pages of one layer that `table` names, in order; S entries a page.
+
+    New token t of row b sees the first length[b] + t + 1 entries of its pages, itself last. Several rows may have the
+    same page, and a row that has fewer than N any page number behind its own. Entries that no token sees may hold
+    anything finite; only the kernels, which do not use them, also take NaN there.
+
+    implementation: as of `latent_attention`. "pallas_tpu" reads pages of 128, 256, 512 or 1024 entries in place,
+    "pallas_gpu" those of multiples of 64, "pallas_interpret" any. What they cannot read in place is put together first
+    and goes to the kernel of `latent_attention`, with a line in the log.
+    """
+    name = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
+    if name in _UNSUPPORTED and (reason := _UNSUPPORTED[name](q_latent, q_rope, c_kv, k_rope, table)):
+        warn_once(f"attention on the latent cache from a copy of its pages, not in place: {reason}")
+        past = gather(c_kv, table, layer), gather(k_rope, table, layer)
+        return latent_attention.latent_attention(q_latent, q_rope, *past, length, scale, name)
+    return IMPLEMENTATIONS[name](q_latent, q_rope, c_kv, k_rope, table, length, layer, scale)
+
+
+def reference(
+    q_latent: Float[Array, "B T H C"],
+    q_rope: Float[Array, "B T H R"],
+    c_kv: Float[Array, "L P S C"],
+    k_rope: Float[Array, "L P S R"],
+    table: Int[Array, "B N"],
+    length: Int[Array, "B"],
+    layer: Int[Array, ""],
+    scale: float,
+) -> Float[Array, "B T H C"]:
+    """The definition."""
+    past = gather(c_kv, table, layer), gather(k_rope, table, layer)
+    return latent_attention.reference(q_latent, q_rope, *past, length, scale)
+
+
+def gather(pages: Shaped[Array, "L P S *F"], table: Int[Array, "B N"], layer: Int[Array, ""]) -> Shaped[Array, "B _ *F"]:
+    """What a layer's pages hold of each row, in order."""
+    got = pages[layer, table]
+    return got.reshape(got.shape[0], -1, *got.shape[3:])
+
+
+def unsupported_tpu(
+    q_latent: Float[Array, "B T H C"],
+    q_rope: Float[Array, "B T H R"],
+    c_kv: Float[Array, "L P S C"],
+    k_rope: Float[Array, "L P S R"],
+    table: Int[Array, "B N"],
+) -> str | None:
+    """Why the kernel for TPUs cannot read these pages in place, in words; None if it can."""
+    (page, c), r = c_kv.shape[2:], k_rope.shape[3]
+    if page not in (sizes := (128, 256, 512, 1024)):
+        return f"page_size={page} must be one of {sizes}"
+    if c % LANES or r >= LANES:  # other pages do not lie in memory as the kernel reads them
+        return f"C={c} must be a multiple of {LANES} and R={r} less"
+    if 4 * table.size > _TABLE_BYTES:
+        return f"a table of {table.shape[0]} x {table.shape[1]} pages exceeds {_TABLE_BYTES >> 10} KiB"
+    if choose_part(*q_latent.shape[1:], r, page, c_kv.dtype.itemsize) is None:
+        return f"{q_latent.shape[2]} queries of width {c} + {r} and a page of {page} do not fit {VMEM_BYTES >> 20} MiB"
+    return None
+
+
+def pallas_tpu(
+    q_latent: Float[Array, "B T H C"],
+    q_rope: Float[Array, "B T H R"],
+    c_kv: Float[Array, "L P S C"],
+    k_rope: Float[Array, "L P S R"],
+    table: Int[Array, "B N"],
+    length: Int[Array, "B"],
+    layer: Int[Array, ""],
+    scale: float,
+    *,
+    part: tuple[int, int] | None = None,
+    interpret: bool | pltpu.InterpretParams = False,
+) -> Float[Array, "B T H C"]:
+    """As `paged_attention`, whose definition holds. part: new tokens of a row and pages at a time, chosen if not given.
+
+    interpret: True to run as plain JAX, on any platform; InterpretParams to run as a TPU would, slowly.
+    """
+    (b, t, h, c), (n_pages, page, r), n = q_latent.shape, k_rope.shape[1:], table.shape[1]
+    tokens, pages = part or choose_part(t, h, c, r, page, c_kv.dtype.itemsize)
+    pages = min(pages, n)
+    items, rows, block = b * t // tokens, tokens * h, pages * page  # an item: `tokens` tokens of a row
+    cores = 2 - items % 2  # each begins its first copies itself; one core does the work of two one after the other
+
+    def queries(core, i, *_):
+        return core * (items // cores) + i, 0, 0
+
+    in_place = pl.BlockSpec(memory_space=pl.ANY)
+    out = pl.pallas_call(
+        functools.partial(_kernel, n_pages=n, n_heads=h, n_items=t // tokens, scale=scale),
+        out_shape=jax.ShapeDtypeStruct((items, rows, c), q_latent.dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(cores, items // cores),
+            in_specs=[
+                pl.BlockSpec((pl.squeezed, rows, c), queries),
+                pl.BlockSpec((pl.squeezed, rows, r), queries),
+                in_place,
+                in_place,
+            ],
+            out_specs=pl.BlockSpec((pl.squeezed, rows, c), queries),
+            scratch_shapes=[
+                *latent_attention.scratch(rows, c),
+                pltpu.VMEM((2, block, c), c_kv.dtype),
+                pltpu.VMEM((2, r, block), k_rope.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SMEM((1,), jnp.int32),
+            ],
+        ),
+        compiler_params=parameters("parallel", "arbitrary"),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * items * rows * n * page * (2 * c + r),
+            bytes_accessed=sum(a.size * a.dtype.itemsize for a in (q_latent, q_latent, q_rope))
+            + items * n * page * (c + r) * c_kv.dtype.itemsize,
+            transcendentals=items * rows * n * page,
+        ),
+        interpret=interpret,
+        name="paged_attention",
+    )(
+        length.astype(jnp.int32),
+        table.astype(jnp.int32).reshape(-1),  # of two axes the last would fill whole lanes
+        layer.astype(jnp.int32).reshape(1),
+        q_latent.reshape(items, rows, c),
+        q_rope.reshape(items, rows, r),
+        c_kv,
+        jnp.swapaxes(k_rope, 2, 3),  # as it lies in memory: XLA puts entries on the lanes where R is less than these
+    )
+    return out.reshape(b, t, h, c)
+
+
+def choose_part(t: int, h: int, c: int, r: int, page: int, itemsize: int) -> tuple[int, int] | None:
+    """New tokens of a row and pages that are attended to at a time: the most, of tokens first, that fit VMEM; None if
+    one token and one page do not."""
+    for tokens in (n for n in range(t, 0, -1) if t % n == 0):
+        block = latent_attention.largest_block(tokens * h, c, r, itemsize)
+        if block is not None and block >= page:
+            return tokens, block // page
+    return None
+
+
+def _kernel(
+    length, table, layer, q_latent, q_rope, c_pages, k_pages, out, largest, total, weighted, c_kv, k_rope, copied, turn,
+    *, n_pages, n_heads, n_items, scale,
+):  # fmt: skip
+    """All entries of one row, a block of pages after the other, for the queries of some of its new tokens.
+
+    c_kv [2, block, C] and k_rope [2, R, block] have the block at hand and the next one, which `turn` tells apart.
+    """
+    i, n_mine, page, block = pl.program_id(1), pl.num_programs(1), c_pages.shape[2], c_kv.shape[1]
+    item = pl.program_id(0) * n_mine + i
+    n_tokens, sums = q_latent.shape[0] // n_heads, Sums(largest, total, weighted)
+
+    def extent(item):  # of the entries that the first new token sees, and the last one
+        before = length[lax.div(item, n_items)] + lax.rem(item, n_items) * n_tokens
+        return jnp.minimum(before + 1, n_pages * page), jnp.minimum(before + n_tokens, n_pages * page)
+
+    def copies(item, j, slot, do):
+        row, stop = lax.div(item, n_items), extent(item)[1]
+        for k in range(block // page):
+            nth, place = j * (block // page) + k, pl.ds(k * page, page)
+
+            @pl.when(nth * page < stop)
+            def _():
+                there = layer[0], table[row * n_pages + nth]
+                do(pltpu.make_async_copy(c_pages.at[there], c_kv.at[slot, place], copied.at[slot]))
+                do(pltpu.make_async_copy(k_pages.at[there], k_rope.at[slot, :, place], copied.at[slot]))
+
+    @pl.when(i == 0)
+    def _():
+        turn[0] = 0
+        copies(item, 0, 0, lambda copy: copy.start())
+
+    latent_attention.clear(sums)
+    first, stop = extent(item)
+    n_blocks = lax.div(stop - 1, block) + 1
+
+    @pl.loop(0, n_blocks)
+    def _(j):
+        slot, last = turn[0], j == n_blocks - 1
+
+        @pl.when(~last | (i < n_mine - 1))
+        def _():
+            copies(jnp.where(last, item + 1, item), jnp.where(last, 0, j + 1), 1 - slot, lambda copy: copy.start())
+
+        copies(item, j, slot, lambda copy: copy.wait())
+        block_of = c_kv.at[slot], k_rope.at[slot]
+        latent_attention.add_block(sums, q_latent, q_rope, *block_of, j * block, first, stop, n_heads, scale)
+        turn[0] = 1 - slot
+
+    latent_attention.write(sums, out)
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": reference,
+    "pallas_tpu": pallas_tpu,
+    "pallas_interpret": functools.partial(pallas_tpu, interpret=True),
+}
+_UNSUPPORTED = {"pallas_tpu": unsupported_tpu}
