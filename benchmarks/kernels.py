@@ -39,6 +39,7 @@ SHAPES = {
     "grouped_swiglu": ["16,16384,7168,2048"],
     "scaled_matmul": ["16,16384,7168,4096", "16,16384,2048,7168"],
     "latent_attention": ["64,128,512,64,8192"],  # B, H, C, R, S: DeepSeek-V3's
+    "paged_attention": ["64,128,512,64,8192,128"],  # the same, and entries a page
 }
 MATMUL_CYCLES = 4
 
@@ -186,7 +187,27 @@ def latent_attention(b: int, h: int, c: int, r: int, s: int) -> Iterator[Case]:
         yield Case(name, "decode", functools.partial(attend, scale=0.1), arguments)
 
 
-KERNELS = {f.__name__: f for f in (grouped_matmul, grouped_swiglu, scaled_matmul, latent_attention)}
+def paged_attention(b: int, h: int, c: int, r: int, s: int, page: int) -> Iterator[Case]:
+    """Of pages read in place, of pages put together for the kernel of latent_attention, and by XLA; two layers."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels import paged_attention as paged
+    from pallas_kernels.latent_attention import pallas_tpu
+
+    def gathered(q_latent, q_rope, c_kv, k_rope, table, length, layer, scale):
+        past = paged.gather(c_kv, table, layer), paged.gather(k_rope, table, layer)
+        return pallas_tpu(q_latent, q_rope, *past, length, scale)
+
+    n = s // page
+    shapes = (b, 1, h, c), (b, 1, h, r), (2, b * n, page, c), (2, b * n, page, r)
+    numbers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((b, n), (b,), ()))
+    arguments = *_bfloat16(*shapes), *numbers
+    for name, attend in (("ours", paged.pallas_tpu), ("gathered", gathered), ("xla", paged.reference)):
+        yield Case(name, "decode", functools.partial(attend, scale=0.1), arguments)
+
+
+KERNELS = {f.__name__: f for f in (grouped_matmul, grouped_swiglu, scaled_matmul, latent_attention, paged_attention)}
 
 
 def _bfloat16(*shapes: tuple[int, ...]) -> list:

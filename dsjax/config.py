@@ -372,7 +372,7 @@ class EngineConfig:
     max_rows: int = Field(8, gt=0, description="requests computed at once, over all devices")
     max_model_len: int | None = Field(None, gt=1, description="tokens of a prompt and its text; none = the model's")
     cache_tokens: int | None = Field(None, gt=0, description="tokens in the cache; none = max_rows of max_model_len")
-    page_size: int = Field(32, gt=0, description="tokens a page of the cache")
+    page_size: int | None = Field(None, gt=0, description="tokens a page of the cache; none = 32 on CPUs, else 128")
     prefill_chunk: int = Field(128, gt=0, description="tokens of a prompt read at once; beginnings shared by prompts")
     n_draft: int = Field(1, ge=0, le=8, description="tokens drafted a step by multi-token prediction; 0 = none")
     redundant_experts: int = Field(0, ge=0, description="places for experts beside one each, for those of high load")
@@ -380,8 +380,9 @@ class EngineConfig:
     one_shape: bool = Field(False, description="always all rows and pages: slower, and bits do not depend on the load")
 
     def __post_init__(self):
-        if self.prefill_chunk % self.page_size:
-            raise ConfigError(f"prefill_chunk={self.prefill_chunk}: expected a multiple of page_size={self.page_size}")
+        size = self.page_size or 32
+        if self.prefill_chunk % size:
+            raise ConfigError(f"prefill_chunk={self.prefill_chunk}: expected a multiple of page_size={size}")
 
 
 @_config

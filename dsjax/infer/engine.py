@@ -43,6 +43,7 @@ class Engine:
 
     def __init__(self, loaded: Loaded, options: EngineConfig = EngineConfig(), *, say: Callable[[str], None] = print):
         cfg, mesh = loaded.config.model, loaded.mesh
+        options = replace(options, page_size=options.page_size or (32 if jax.default_backend() == "cpu" else 128))
         self.options, self.cfg, self.mesh = options, cfg, mesh
         if mesh.shape["context"] > 1 or mesh.shape["stage"] > 1:
             raise ConfigError(f"mesh={dict(mesh.shape)}: expected context=1 and stage=1 to generate")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import P
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -15,7 +16,8 @@ from dsjax.model.rope import apply_rope, softmax_scale
 from dsjax.nn import RMSNorm, linear, param
 from dsjax.precision import recipe_of
 from dsjax.state import KVCache, LatentCache, Places
-from pallas_kernels.latent_attention import latent_attention, masked_softmax
+from pallas_kernels.latent_attention import masked_softmax
+from pallas_kernels.paged_attention import lies_by_entry, paged_attention
 from pallas_kernels.scaled_linear import Scaling
 from sharding.rules import constrain, spec
 
@@ -103,16 +105,19 @@ class MLA(nnx.Module):
         with keys and values expanded from the row's latents.
         """
         q_nope, q_rope = self._queries(x, rope)
-        pages = jax.tree.map(lambda p, new: cache.write(p, new, places), pages, self._latent(x, rope))
-        past = jax.tree.map(lambda p: cache.read(p, places), pages)
+        implementation = compute.latent_attention
+        pages = jax.tree.map(
+            lambda p, new: cache.write(p, new, places, lies_by_entry(p, implementation)), pages, self._latent(x, rope)
+        )
         scale = softmax_scale(self.cfg)
         if x.shape[1] >= self.expanding_pays():
+            past = jax.tree.map(lambda p: cache.read(p, places), pages)
             q = jnp.concatenate([q_nope, q_rope], axis=-1)
             y = attend_past(q, past.c_kv, past.k_rope, self.wkv_b[...], places.length, scale)
             return linear(y, self.wo[...]), pages
         w_uk, w_uv = absorbed or self.absorbed()
         q_latent = jnp.einsum("bthk,hkc->bthc", q_nope, w_uk)
-        o_latent = _attend_to_cache(q_latent, q_rope, past, places.length, scale, compute.latent_attention)
+        o_latent = _attend_to_cache(q_latent, q_rope, pages, places, scale, implementation)
         return linear(jnp.einsum("bthc,hcv->bthv", o_latent, w_uv), self.wo[...]), pages
 
     def expanding_pays(self) -> int:
@@ -183,18 +188,20 @@ class MHA(nnx.Module):
 def _attend_to_cache(
     q_latent: Float[Array, "B T H C"],
     q_rope: Float[Array, "B T H R"],
-    past: LatentCache,
-    length: Int[Array, "B"],
+    pages: LatentCache,
+    places: Places,
     scale: float,
     implementation: str,
 ) -> Float[Array, "B T H C"]:
-    """`latent_attention` on each device, of its own rows and heads, for all new tokens of a row."""
+    """`paged_attention` on each device, of its own rows, pages and heads, for all new tokens of a row."""
 
     def local(*arrays):
-        return latent_attention(*arrays, scale, implementation)
+        return paged_attention(*arrays, scale, implementation)
 
-    heads, row = spec("batch", None, "heads", None), spec("batch", None, None)
-    y = jax.shard_map(local, in_specs=(heads, heads, row, row, spec("batch")), out_specs=heads, check_vma=False)(
-        jax.reshard(q_latent, heads), jax.reshard(q_rope, heads), past.c_kv, past.k_rope, length
-    )
+    heads, held = spec("batch", None, "heads", None), spec(None, "batch", None, None)
+    in_specs = heads, heads, held, held, spec("batch", None), spec("batch"), P()
+    y = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=False)(
+        jax.reshard(q_latent, heads), jax.reshard(q_rope, heads), pages.c_kv, pages.k_rope,
+        places.table, places.length, places.layer,
+    )  # fmt: skip
     return constrain(y, "batch", "seq", "heads", None)

@@ -131,8 +131,9 @@ def test_a_model_decodes_with_the_kernel_as_with_the_definition(sizes, monkeypat
         model, bias = models.draw(cfg)
         prompt = models.pack([[16]] * 4)
         length = jax.device_put(np.array([9, 5, 1, 16], np.int32), spec("batch"))
-        own = np.arange(1, 5) if tuple(sizes) == ("fsdp",) else np.ones(4)  # pages: each of four devices has two
-        table = jax.device_put(own.astype(np.int32)[:, None], spec("batch", None))
+        row = np.arange(4) if tuple(sizes) == ("fsdp",) else np.zeros(4)  # of a device: each of four has six pages
+        table = (1 + 5 * row[:, None] + np.arange(5)).astype(np.int32)
+        table = jax.device_put(table, spec("batch", None))
         tokens = jax.device_put(np.arange(16, dtype=np.int32).reshape(4, 4), spec("batch", "seq"))
 
         def decode(implementation):
@@ -140,7 +141,7 @@ def test_a_model_decodes_with_the_kernel_as_with_the_definition(sizes, monkeypat
 
             @jax.jit
             def logits(model, prompt, tokens, bias):
-                pages = new_pages(cfg, 8, 40, jnp.float32)
+                pages = new_pages(cfg, 24, 8, jnp.float32)
                 out = model.extend(prompt.tokens, pages, table, length * 0, bias, compute)
                 first = model.extend(tokens[:, :3], out.pages, table, length, bias, compute)
                 second = model.extend(tokens[:, 3:], first.pages, table, length + 3, bias, compute)
