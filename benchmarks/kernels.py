@@ -5,6 +5,7 @@ in FP8, and the attention of decoding by ours and XLA, compiled to their last sc
     python -m benchmarks.kernels --kernel grouped_swiglu --out benchmarks/results/grouped_swiglu_aot.json
     python -m benchmarks.kernels --kernel scaled_matmul --out benchmarks/results/kernels_aot_fp8.json
     python -m benchmarks.kernels --kernel latent_attention --out benchmarks/results/latent_attention_aot.json
+    python -m benchmarks.kernels --kernel paged_attention --out benchmarks/results/paged_attention_aot.json
 
 Of each kernel: the bundles (cycles, if nothing is waited for) and matmul instructions of the piece of program with most
 matmuls, what share of those cycles the matrix units must be busy (`mxu`: four cycles an instruction, from the published
@@ -188,7 +189,7 @@ def latent_attention(b: int, h: int, c: int, r: int, s: int) -> Iterator[Case]:
 
 
 def paged_attention(b: int, h: int, c: int, r: int, s: int, page: int) -> Iterator[Case]:
-    """Of pages read in place, of pages put together for the kernel of latent_attention, and by XLA; two layers."""
+    """Of pages read in place, of pages put together for the kernel of latent_attention, and by XLA; one layer."""
     import jax
     import jax.numpy as jnp
 
@@ -200,7 +201,7 @@ def paged_attention(b: int, h: int, c: int, r: int, s: int, page: int) -> Iterat
         return pallas_tpu(q_latent, q_rope, *past, length, scale)
 
     n = s // page
-    shapes = (b, 1, h, c), (b, 1, h, r), (2, b * n, page, c), (2, b * n, page, r)
+    shapes = (b, 1, h, c), (b, 1, h, r), (1, b * n, page, c), (1, b * n, page, r)
     numbers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((b, n), (b,), ()))
     arguments = *_bfloat16(*shapes), *numbers
     for name, attend in (("ours", paged.pallas_tpu), ("gathered", gathered), ("xla", paged.reference)):

@@ -27,6 +27,7 @@ CHIP = "NVIDIA H100 80GB HBM3"
 SHAPES = ["4,32768,7168,4096", "8,32768,2048,7168"]  # experts, rows, K, N: DeepSeek-V3's two
 QUANTISED = ["8192,7168", "8192,576"]
 DECODING = ["64,1,128,8192", "1,2,128,8192"]  # rows, new tokens, heads, entries of latents of 512 + 64
+PAGE = 128  # entries a page, where they lie in pages
 
 
 def compiler():
@@ -58,7 +59,7 @@ def compile_all(shapes: list[str], decoding: list[str], quantised_shapes: list[s
     from jax.experimental import topologies
 
     from pallas_kernels import grouped_matmul as bf16
-    from pallas_kernels import latent_attention, quantise
+    from pallas_kernels import latent_attention, paged_attention, quantise
     from pallas_kernels.quantise import E4M3, Quantised, Tile
     from pallas_kernels.scaled_matmul_gpu import scaled_gradient_gpu, scaled_matmul_gpu
 
@@ -83,6 +84,10 @@ def compile_all(shapes: list[str], decoding: list[str], quantised_shapes: list[s
 
     def kernel(x, w, sizes):
         return bf16.pallas_gpu(x, w, sizes, alignment=128)
+
+    def gathered(q_latent, q_rope, c_kv, k_rope, table, length, layer, scale):
+        past = (paged_attention.gather(pages, table, layer) for pages in (c_kv, k_rope))
+        return latent_attention.pallas_gpu(q_latent, q_rope, *past, length, scale)
 
     rows, column, block = Tile(1, 128), Tile(128, 1), Tile(128, 128)
     cases = []
@@ -126,6 +131,16 @@ def compile_all(shapes: list[str], decoding: list[str], quantised_shapes: list[s
         for name, f in (
             ("decoding", latent_attention.pallas_gpu),
             ("XLA decoding", latent_attention.reference),
+        ):
+            cases.append((name, shape, functools.partial(f, scale=192**-0.5), arguments))
+        n = s // PAGE
+        queries, lengths = arguments[:2], arguments[-1]
+        pages = (array(jnp.bfloat16, 1, b * n, PAGE, width) for width in (512, 64))
+        arguments = *queries, *pages, array(jnp.int32, b, n), lengths, array(jnp.int32)
+        for name, f in (
+            ("paged decoding", paged_attention.pallas_gpu),
+            ("gathered decoding", gathered),
+            ("XLA paged decoding", paged_attention.reference),
         ):
             cases.append((name, shape, functools.partial(f, scale=192**-0.5), arguments))
     for shape in quantised_shapes:

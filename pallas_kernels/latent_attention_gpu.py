@@ -45,7 +45,13 @@ def pallas_gpu(
     """
     if reason := unsupported(q_latent, q_rope, c_kv, k_rope):
         raise ValueError(f"pallas_gpu: {reason}")
-    (b, t, h, c), s, rows = q_latent.shape, c_kv.shape[1], q_latent.shape[1] * q_latent.shape[2]
+    return attend(q_latent, q_rope, c_kv, k_rope, None, c_kv.shape[1], length, scale, splits, interpret)
+
+
+def attend(q_latent, q_rope, c_kv, k_rope, firsts, s: int, length, scale: float, splits: int | None, interpret):
+    """As `pallas_gpu`, of at most s entries a row. With firsts [B, N] int32 entries lie in pages: c_kv [n, C] and k_rope
+    [n, R] have those of all, and firsts the number of 64 entries that are before each page of a row."""
+    (b, t, h, c), rows = q_latent.shape, q_latent.shape[1] * q_latent.shape[2]
     tiles = -(-rows // QUERIES)
     splits = splits or choose_splits(b * tiles, -(-s // ENTRIES), multiprocessors(interpret))
 
@@ -56,7 +62,8 @@ def pallas_gpu(
     stops = jnp.minimum(length.astype(jnp.int32)[:, None] + 1 + token, s)  # of the entries that each query sees
     blocks = -(-stops[:, -1:] // ENTRIES)
     edges = blocks * jnp.arange(splits + 1, dtype=jnp.int32) // splits
-    out, log_total = _parts(queries(q_latent), queries(q_rope), c_kv, k_rope, stops, edges, scale, interpret)
+    cache = (c_kv, k_rope) if firsts is None else (c_kv, k_rope, firsts)
+    out, log_total = _parts(queries(q_latent), queries(q_rope), cache, s, stops, edges, scale, interpret)
     if splits > 1:
         out = jnp.einsum("bkq,bkqc->bqc", jax.nn.softmax(log_total, axis=1), out)
     return out.reshape(b, -1, c)[:, :rows].reshape(b, t, h, c).astype(q_latent.dtype)
@@ -65,15 +72,15 @@ def pallas_gpu(
 def unsupported(
     q_latent: Float[Array, "B T H C"],
     q_rope: Float[Array, "B T H R"],
-    c_kv: Float[Array, "B S C"],
-    k_rope: Float[Array, "B S R"],
+    c_kv: Float[Array, "... C"],
+    k_rope: Float[Array, "... R"],
 ) -> str | None:
     """Why the kernel cannot attend with these, in words; None if it can."""
     if reason := too_old():
         return reason
     if dtypes := [str(a.dtype) for a in (q_latent, q_rope, c_kv, k_rope) if a.dtype != jnp.bfloat16]:
         return f"attends in bfloat16, not {dtypes[0]}"
-    (c, r), (widths, rope) = (c_kv.shape[2], k_rope.shape[2]), _WIDTHS
+    (c, r), (widths, rope) = (c_kv.shape[-1], k_rope.shape[-1]), _WIDTHS
     if c not in widths or r != rope:
         return f"C={c} must be one of {widths} and R={r} must be {rope}"
     return None
@@ -91,7 +98,7 @@ def choose_splits(items: int, blocks: int, n_multiprocessors: int) -> int:
     return min(range(1, blocks + 1), key=time)
 
 
-def _parts(q_latent, q_rope, c_kv, k_rope, stops, edges, scale: float, interpret):
+def _parts(q_latent, q_rope, cache, s: int, stops, edges, scale: float, interpret):
     """Of each part of each row: the output [B, parts, queries, C] of its entries alone, and the logarithm
     [B, parts, queries] of the sum of exp(score) over them. It has the blocks edges[row, part] to edges[row, part + 1].
     """
@@ -113,7 +120,8 @@ def _parts(q_latent, q_rope, c_kv, k_rope, stops, edges, scale: float, interpret
     def index(axis, n):
         return plgpu.broadcasted_iota(jnp.int32, (ENTRIES, n), axis, layout=layout)
 
-    def kernel(stops, edges, q_latent, q_rope, c_kv, k_rope, out, log_total):
+    def kernel(stops, edges, q_latent, q_rope, c_kv, k_rope, *rest):
+        *firsts, out, log_total = rest
         block, half = lax.axis_index("sm"), lax.axis_index("warpgroup")
         tile, part, row = block % tiles, block // tiles % splits, block // (tiles * splits)  # tiles share entries: L2
         queries, mine, my_columns = pl.ds(tile * QUERIES, QUERIES), pl.ds(half * _HALF, _HALF), half * columns
@@ -203,12 +211,18 @@ def _parts(q_latent, q_rope, c_kv, k_rope, stops, edges, scale: float, interpret
                 weighted = _add_product(plgpu, weighted, softmax, values, interpret)
                 return weighted, new, total * correction + jnp.sum(p, axis=1)
 
+            def place(i):
+                if not firsts:
+                    return first + i, 0
+                of_page = s // ENTRIES // firsts[0].shape[1]
+                return firsts[0][row, (first + i) // of_page] + (first + i) % of_page, 0
+
             def block_of(width):
-                return plgpu.BlockSpec((ENTRIES, width), lambda i: (first + i, 0), transforms=tiling)
+                return plgpu.BlockSpec((ENTRIES, width), place, transforms=tiling)
 
             n_blocks = edges[row, part + 1] - first
             pipeline = copied_ahead(plgpu, body, context, n_blocks, block_of(c), block_of(r), stages=2)
-            pipeline(c_kv.at[row], k_rope.at[row])
+            pipeline(*((c_kv, k_rope) if firsts else (c_kv.at[row], k_rope.at[row])))
 
     out_type = (
         jax.ShapeDtypeStruct((b, splits, n_queries, c), dtype if splits == 1 else jnp.float32),
@@ -216,7 +230,7 @@ def _parts(q_latent, q_rope, c_kv, k_rope, stops, edges, scale: float, interpret
     )
     # Nothing is summed across warps; what is kept for that would not fit beside two blocks of entries.
     run = launch(plgpu, kernel, out_type, interpret, blocks=b * splits * tiles, reduction_scratch_bytes=0)
-    return run(stops, edges, q_latent, q_rope, c_kv, k_rope)
+    return run(stops, edges, q_latent, q_rope, *cache)
 
 
 def _add_product(plgpu, total, a, b, interpret):

@@ -268,9 +268,48 @@ def _kernel(
     latent_attention.write(sums, out)
 
 
+def unsupported_gpu(
+    q_latent: Float[Array, "B T H C"],
+    q_rope: Float[Array, "B T H R"],
+    c_kv: Float[Array, "L P S C"],
+    k_rope: Float[Array, "L P S R"],
+    table: Int[Array, "B N"],
+) -> str | None:
+    """Why the kernel for Hopper GPUs cannot read these pages in place, in words; None if it can."""
+    if reason := latent_attention_gpu.unsupported(q_latent, q_rope, c_kv, k_rope):
+        return reason
+    if c_kv.shape[2] % latent_attention_gpu.ENTRIES:
+        return f"page_size={c_kv.shape[2]} must be a multiple of {latent_attention_gpu.ENTRIES}"
+    return None
+
+
+def pallas_gpu(
+    q_latent: Float[Array, "B T H C"],
+    q_rope: Float[Array, "B T H R"],
+    c_kv: Float[Array, "L P S C"],
+    k_rope: Float[Array, "L P S R"],
+    table: Int[Array, "B N"],
+    length: Int[Array, "B"],
+    layer: Int[Array, ""],
+    scale: float,
+    *,
+    splits: int | None = None,
+    interpret=False,
+) -> Float[Array, "B T H C"]:
+    """As `paged_attention`, whose definition holds; what it takes and means is as of latent_attention_gpu's."""
+    if reason := unsupported_gpu(q_latent, q_rope, c_kv, k_rope, table):
+        raise ValueError(f"pallas_gpu: {reason}")
+    n_pages, page = c_kv.shape[1:3]
+    firsts = (layer * n_pages + table).astype(jnp.int32) * (page // latent_attention_gpu.ENTRIES)
+    entries = (a.reshape(-1, a.shape[3]) for a in (c_kv, k_rope))
+    how = table.shape[1] * page, length, scale, splits, interpret
+    return latent_attention_gpu.attend(q_latent, q_rope, *entries, firsts, *how)
+
+
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
     "pallas_tpu": pallas_tpu,
     "pallas_interpret": functools.partial(pallas_tpu, interpret=True),
+    "pallas_gpu": pallas_gpu,
 }
-_UNSUPPORTED = {"pallas_tpu": unsupported_tpu}
+_UNSUPPORTED = {"pallas_tpu": unsupported_tpu, "pallas_gpu": unsupported_gpu}
