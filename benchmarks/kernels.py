@@ -86,6 +86,7 @@ class Case(NamedTuple):
     function: Callable
     arguments: tuple  # trees of shapes and dtypes
     options: dict | None = None
+    donated: tuple[int, ...] = ()
 
 
 def grouped_matmul(e: int, m: int, k: int, n: int) -> Iterator[Case]:
@@ -189,7 +190,8 @@ def latent_attention(b: int, h: int, c: int, r: int, s: int) -> Iterator[Case]:
 
 
 def paged_attention(b: int, h: int, c: int, r: int, s: int, page: int) -> Iterator[Case]:
-    """Of pages read in place, of pages put together for the kernel of latent_attention, and by XLA; one layer."""
+    """Of pages read in place, of pages put together for the kernel of latent_attention, and by XLA. A step writes two
+    new tokens a row first."""
     import jax
     import jax.numpy as jnp
 
@@ -200,12 +202,20 @@ def paged_attention(b: int, h: int, c: int, r: int, s: int, page: int) -> Iterat
         past = paged.gather(c_kv, table, layer), paged.gather(k_rope, table, layer)
         return pallas_tpu(q_latent, q_rope, *past, length, scale)
 
+    def step(c_kv, k_rope, new_c_kv, new_k_rope, q_latent, q_rope, *places, attend, whole):
+        c_kv = paged.write(c_kv, new_c_kv, *places)
+        k_rope = paged.write(k_rope, new_k_rope, *places, whole=whole)
+        return c_kv, k_rope, attend(q_latent, q_rope, c_kv, k_rope, *places)
+
     n = s // page
-    shapes = (b, 1, h, c), (b, 1, h, r), (1, b * n, page, c), (1, b * n, page, r)
-    numbers = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((b, n), (b,), ()))
-    arguments = *_bfloat16(*shapes), *numbers
+    queries, new = (_bfloat16((b, t, *inner, c), (b, t, *inner, r)) for t, inner in ((1, (h,)), (2, ())))
+    queries_of_new, pages = _bfloat16((b, 2, h, c), (b, 2, h, r)), _bfloat16((1, b * n, page, c), (1, b * n, page, r))
+    places = tuple(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((b, n), (b,), ()))
     for name, attend in (("ours", paged.pallas_tpu), ("gathered", gathered), ("xla", paged.reference)):
-        yield Case(name, "decode", functools.partial(attend, scale=0.1), arguments)
+        attend = functools.partial(attend, scale=0.1)
+        yield Case(name, "decode", attend, (*queries, *pages, *places))
+        of_step = functools.partial(step, attend=attend, whole=name == "ours")
+        yield Case(name, "step", of_step, (*pages, *new, *queries_of_new, *places), donated=(0, 1))
 
 
 KERNELS = {f.__name__: f for f in (grouped_matmul, grouped_swiglu, scaled_matmul, latent_attention, paged_attention)}
@@ -246,7 +256,8 @@ def compile_all(chip: str, kernel: str, shapes: list[str], only: list[str] | Non
             started = time.process_time()
             try:
                 with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                    compiled = jax.jit(case.function).lower(*arguments).compile(compiler_options=case.options)
+                    lowered = jax.jit(case.function, donate_argnums=case.donated).lower(*arguments)
+                    compiled = lowered.compile(compiler_options=case.options)
             except Exception as error:  # a competitor that does not compile is a result
                 results.append(row | {"error": str(error).splitlines()[0][:200]})
                 continue

@@ -90,9 +90,44 @@ class Weights:
     replicas: Replicas | None = None
 
 
+@jax.tree_util.register_pytree_node_class
+class Flat:
+    """A tree as the list of its leaves: a jitted function would walk through a model's modules at every call."""
+
+    def __init__(self, tree: Any):
+        self.leaves, kind = jax.tree.flatten(tree)
+        self._kind = _Kind(kind)
+
+    @property
+    def tree(self) -> Any:
+        return self._kind.structure.unflatten(self.leaves)
+
+    def tree_flatten(self):
+        return self.leaves, self._kind
+
+    @classmethod
+    def tree_unflatten(cls, kind, leaves):
+        flat = object.__new__(cls)
+        flat.leaves, flat._kind = list(leaves), kind
+        return flat
+
+
+class _Kind:
+    """A tree's structure, compared and hashed once."""
+
+    def __init__(self, structure):
+        self.structure, self._hash = structure, hash(structure)
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        return self is other or (isinstance(other, _Kind) and self.structure == other.structure)
+
+
 @struct.dataclass
 class Rows:
-    """The rows of a step. A row without a request has only zeros."""
+    """The rows of a step, on the host until it begins. A row without a request has only zeros."""
 
     tokens: jax.Array  # [B, T] int32: a step's last token and drafts; a part of the prompt
     table: jax.Array  # [B, N] int32, pages

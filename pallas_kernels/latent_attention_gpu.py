@@ -49,8 +49,11 @@ def pallas_gpu(
 
 
 def attend(q_latent, q_rope, c_kv, k_rope, firsts, s: int, length, scale: float, splits: int | None, interpret):
-    """As `pallas_gpu`, of at most s entries a row. With firsts [B, N] int32 entries lie in pages: c_kv [n, C] and k_rope
-    [n, R] have those of all, and firsts the number of 64 entries that are before each page of a row."""
+    """As `pallas_gpu`, of at most s entries a row.
+
+    With firsts [B, N] int32 entries lie in pages of s / N: c_kv [n, C] and k_rope [n, R] have those of all pages, and
+    firsts says of each page of a row how many times 64 entries lie before it.
+    """
     (b, t, h, c), rows = q_latent.shape, q_latent.shape[1] * q_latent.shape[2]
     tiles = -(-rows // QUERIES)
     splits = splits or choose_splits(b * tiles, -(-s // ENTRIES), multiprocessors(interpret))

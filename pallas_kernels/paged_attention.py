@@ -77,14 +77,43 @@ def gather(
     return got.reshape(got.shape[0], -1, *got.shape[3:])
 
 
-def lies_by_entry(pages: Float[Array, "L P S F"], implementation: str = "auto") -> bool:
-    """Whether pages lie in a TPU's memory as [L, P, F, S], as XLA puts them where F is less than the lanes.
+def write(
+    pages: Shaped[Array, "L P S *F"],
+    new: Shaped[Array, "B T *F"],
+    table: Int[Array, "B N"],
+    length: Int[Array, "B"],
+    layer: Int[Array, ""],
+    whole: bool | None = None,
+) -> Shaped[Array, "L P S *F"]:
+    """`pages` with a layer's new entries of each row behind its first `length`; of one that has no page, on page 0.
 
-    A new entry is then a column of its page, and XLA copies all pages to one that it can write rows to and back: write
-    whole pages instead. Always for "pallas_interpret", for tests.
+    whole: pages that new entries come to are read, and written whole; if not given, where `_lies_by_entry`. Page 0 may
+    lose what it had then.
     """
-    name = choose(implementation, IMPLEMENTATION_BY_PLATFORM, IMPLEMENTATIONS)
-    narrow = pages.shape[3] < LANES and pages.shape[2] % LANES == 0
+    size, n_new, new = pages.shape[2], new.shape[1], new.astype(pages.dtype)
+
+    def page_of(nth):
+        page = jnp.take_along_axis(table, jnp.minimum(nth, table.shape[1] - 1), axis=1)
+        return jnp.where(nth < table.shape[1], page, 0)
+
+    if not (_lies_by_entry(pages) if whole is None else whole):
+        at = length[:, None] + jnp.arange(n_new)
+        return pages.at[layer, page_of(at // size), at % size].set(new)
+    nth = length[:, None] // size + jnp.arange(1 + -(-(n_new - 1) // size))
+    page, token = page_of(nth), nth[:, :, None] * size + jnp.arange(size) - length[:, None, None]
+    came = new[jnp.arange(len(new))[:, None, None], jnp.clip(token, 0, n_new - 1)]
+    is_new = ((token >= 0) & (token < n_new)).reshape(*token.shape, *(1,) * (new.ndim - 2))
+    return pages.at[layer, page].set(jnp.where(is_new, came, pages[layer, page]))
+
+
+def _lies_by_entry(pages: Shaped[Array, "L P S *F"]) -> bool:
+    """Whether pages lie in memory as [L, P, F, S]: a TPU's, where F is less than its lanes.
+
+    A new entry is a column of its page then, and XLA would copy all pages to where it is a row, and back. Also where
+    "auto" is "pallas_interpret", for tests.
+    """
+    name = IMPLEMENTATION_BY_PLATFORM[jax.default_backend()]
+    narrow = pages.ndim == 4 and pages.shape[3] < LANES and pages.shape[2] % LANES == 0
     return name == "pallas_interpret" or (name == "pallas_tpu" and narrow)
 
 
@@ -204,44 +233,30 @@ def _kernel(
         before = length[lax.div(item, n_items)] + lax.rem(item, n_items) * n_tokens
         return jnp.minimum(before + 1, n_pages * page), jnp.minimum(before + n_tokens, n_pages * page)
 
-    def copy(item, j, slot, k):  # of the k-th page of a block
-        at = layer[0], table[lax.div(item, n_items) * n_pages + j * pages + k]
-        place = pl.ds(pl.multiple_of(k * page, page), page)
-        return (
-            pltpu.make_async_copy(c_pages.at[at], c_kv.at[slot, place], copied.at[slot]),
-            pltpu.make_async_copy(k_pages.at[at], k_rope.at[slot, :, place], copied.at[slot]),
-        )
+    def fetched(item, j):  # pages of the block
+        return jnp.minimum(lax.div(extent(item)[1] - 1, page) + 1 - j * pages, pages)
+
+    def copies(item, j, slot, n, do, unroll=False):  # of the first n pages
+        @pl.loop(0, n, unroll=unroll)
+        def _(k):
+            at = layer[0], table[lax.div(item, n_items) * n_pages + j * pages + k]
+            place = pl.ds(pl.multiple_of(k * page, page), page)
+            do(pltpu.make_async_copy(c_pages.at[at], c_kv.at[slot, place], copied.at[slot]))
+            do(pltpu.make_async_copy(k_pages.at[at], k_rope.at[slot, :, place], copied.at[slot]))
 
     def start(item, j, slot):
-        n = lax.div(extent(item)[1] - 1, page) + 1 - j * pages
-
-        @pl.when(n >= pages)
-        def _():
-            for k in range(pages):
-                for one in copy(item, j, slot, k):
-                    one.start()
-
-        @pl.when(n < pages)
-        def _():
-            @pl.loop(0, n)
-            def _(k):
-                for one in copy(item, j, slot, k):
-                    one.start()
+        n, do = fetched(item, j), lambda copy: copy.start()
+        pl.when(n == pages)(lambda: copies(item, j, slot, pages, do, unroll=True))
+        pl.when(n < pages)(lambda: copies(item, j, slot, n, do))
 
     def wait(item, j, slot):
-        n = lax.div(extent(item)[1] - 1, page) + 1 - j * pages
+        n = fetched(item, j)
+        pl.when(n < pages)(lambda: copies(item, j, slot, n, lambda copy: copy.wait()))
 
-        @pl.when(n >= pages)
-        def _():  # for the bytes of all pages at once
+        @pl.when(n == pages)
+        def _():  # for the bytes of all of them at once
             for buffer in (c_kv.at[slot], k_rope.at[slot]):
                 pltpu.make_async_copy(buffer, buffer, copied.at[slot]).wait()
-
-        @pl.when(n < pages)
-        def _():
-            @pl.loop(0, n)
-            def _(k):
-                for one in copy(item, j, slot, k):
-                    one.wait()
 
     @pl.when(i == 0)
     def _():

@@ -29,7 +29,7 @@ from dsjax.model.cache import fetch, new_pages, put
 from dsjax.model.moe import rearrange
 from dsjax.model.transformer import unstack
 from dsjax.precision import RECIPES, cast_weights, weight_name
-from dsjax.state import Replicas, Rows, Sampling, Stepped, Weights
+from dsjax.state import Flat, Replicas, Rows, Sampling, Stepped, Weights
 from sharding.rules import RULES, spec
 
 _TRY_EVERY, _TRY_FOR = 128, 4  # steps: how often and how long the way is taken that does not seem to pay
@@ -59,7 +59,7 @@ class Engine:
         self._load_then, self._placed_at = self.load.copy(), 0  # when the experts got their places
         if options.redundant_experts:
             self._replicate()
-        self._one_by_one()
+        self._ready()
 
         size = options.page_size
         per_row = -(-(self.longest + 1) // size)
@@ -71,7 +71,7 @@ class Engine:
         self._empty()
         one = options.one_shape
         self.row_sizes = _sizes(self.rows_a_shard if one else 1, self.rows_a_shard)
-        self.page_sizes = _sizes(per_row if one else min(per_row, max(1, 512 // size)), per_row)
+        self.page_sizes = _sizes(per_row if one else min(per_row, max(1, 256 // size)), per_row)
         self.chunk_sizes = _sizes(min(32, options.prefill_chunk), options.prefill_chunk)
 
         self.waiting: deque[Request] = deque()
@@ -102,11 +102,14 @@ class Engine:
 
     # Experts
 
-    def _one_by_one(self) -> None:
-        """On a CPU the blocks are read one by one: a scan over stacked layers copies all their weights every step."""
+    def _ready(self) -> None:
+        """The weights as the programs take them.
+
+        On a CPU the blocks are read one by one: a scan over stacked layers copies all their weights every step.
+        """
         if jax.default_backend() == "cpu":
-            self.weights = self.weights.replace(layers=None)
             self.weights = self.weights.replace(layers=jax.jit(unstack)(self.weights.model))
+        self._flat = Flat(self.weights)
 
     def _replicate(self) -> None:
         n_layers, n_experts = self.load.shape
@@ -132,7 +135,7 @@ class Engine:
         nodes = self.compute.expert_groups
         hierarchical = n_devices % nodes == 0 and n_places % nodes == 0
         self._move(self.placement, place_experts(load, n_places, groups, nodes if hierarchical else 1, n_devices))
-        self._one_by_one()
+        self._ready()
         self.counts["rebalances"] += 1
 
     def _move(self, old: Placement, new: Placement) -> None:
@@ -143,7 +146,7 @@ class Engine:
             name = weight_name(path)
             return rearrange(w, came_from) if name.startswith("moe/ffn/experts/") else w
 
-        self.weights = self.weights.replace(layers=None)  # on a CPU these are copies
+        self.weights, self._flat = self.weights.replace(layers=None), None  # on a CPU the layers are copies
         model = jax.tree_util.tree_map_with_path(leaf, self.weights.model)
         most = self.options.redundant_experts + 1
         turns = np.arange(most) % new.count[:, :, None]
@@ -178,20 +181,20 @@ class Engine:
         chunks = [(t, w) for t in self.chunk_sizes for w in self.page_sizes if w * self.options.page_size >= t]
         with tqdm(total=len(steps) + len(chunks), desc="compiling", disable=not progress, leave=False) as bar:
             for t, w in chunks:
-                rows, none = self._idle_rows(1, w), self._lay(np.zeros((self.n_shards, t), np.int32))
-                nothing = self._lay(np.zeros(self.n_shards, np.int32))
+                rows, none = self._idle_rows(1, w), np.zeros((self.n_shards, t), np.int32)
+                nothing = np.zeros(self.n_shards, np.int32)
                 self.pages, _ = programs.prefill(
-                    self.weights, self.pages, rows.replace(tokens=none), none, nothing,
+                    self._flat, self.pages, rows.replace(tokens=none), none, nothing,
                     compute=self.compute, n_draft=self.n_draft, want_prompt=False,
                 )  # fmt: skip
                 bar.update()
             for b, w, k in steps:
                 rows, n = self._idle_rows(b, w), self.n_shards * b
-                tokens, drafted = self._lay(np.zeros((n, 1 + k), np.int32)), self._lay(np.zeros(n, np.int32))
+                tokens, drafted = np.zeros((n, 1 + k), np.int32), np.zeros(n, np.int32)
                 for _ in range(4):
                     began = time.perf_counter()
                     self.pages, out = programs.step(
-                        self.weights, self.pages, rows.replace(tokens=tokens), drafted, compute=self.compute, n_draft=k
+                        self._flat, self.pages, rows.replace(tokens=tokens), drafted, compute=self.compute, n_draft=k
                     )
                     jax.device_get(out)
                     self.pace.took(b, bool(k), time.perf_counter() - began, [])
@@ -199,7 +202,7 @@ class Engine:
 
     def _idle_rows(self, b: int, width: int) -> Rows:
         rows = self._rows([[] for _ in range(self.n_shards)], b)
-        return rows.replace(table=self._lay(np.zeros((self.n_shards * b, width), np.int32)))
+        return rows.replace(table=np.zeros((self.n_shards * b, width), np.int32))
 
     def run(self) -> None:
         """Steps until nothing is left."""
@@ -348,11 +351,11 @@ class Engine:
         want = any(r is not None and r.prompt_logprobs is not None for r in todo)
         began = time.perf_counter()
         self.pages, out = programs.prefill(
-            self.weights,
+            self._flat,
             self.pages,
-            rows.replace(tokens=self._lay(tokens)),
-            self._lay(following),
-            self._lay(n_new),
+            rows.replace(tokens=tokens),
+            following,
+            n_new,
             compute=self.compute,
             n_draft=self.n_draft,
             want_prompt=want,
@@ -409,10 +412,10 @@ class Engine:
                 tokens[i, 1:], drafted[i] = request.drafts, k
         began = time.perf_counter()
         self.pages, out = programs.step(
-            self.weights,
+            self._flat,
             self.pages,
-            rows.replace(tokens=self._lay(tokens)),
-            self._lay(drafted),
+            rows.replace(tokens=tokens),
+            drafted,
             compute=self.compute,
             n_draft=k,
         )
@@ -483,10 +486,10 @@ class Engine:
             floats[:, i] = r.temperature, r.top_p, r.min_p
             top_k[i], seed[i] = min(r.top_k, self.cfg.vocab_size), r.seed % (1 << 32)
             want |= r.logprobs is not None or r.prompt_logprobs is not None
-        temperature, top_p, min_p = map(self._lay, floats)
-        sampling = Sampling(temperature, self._lay(top_k), top_p, min_p, self._lay(seed))
+        temperature, top_p, min_p = floats
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
         added, factor = self._shapes(placed, n)
-        return Rows(None, self._lay(table), self._lay(length), sampling, added, factor, np.bool_(want))
+        return Rows(None, table, length, sampling, added, factor, np.bool_(want))
 
     def _shapes(self, placed: Iterable[tuple[int, Request]], n: int) -> tuple[jax.Array, jax.Array]:
         """What is added to each row's logits, and what those of tokens that it has are divided by: [n, V]."""

@@ -14,14 +14,14 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import ComputeConfig
 from dsjax.infer.sampling import logprobs_of, sample
-from dsjax.model.transformer import Extended
-from dsjax.state import KVCache, LatentCache, Rows, Stepped, Weights
+from dsjax.model.transformer import Extended, place_of
+from dsjax.state import Flat, KVCache, LatentCache, Rows, Stepped, Weights
 from sharding.rules import constrain
 
 
 @functools.partial(jax.jit, static_argnames=("compute", "n_draft"), donate_argnames="pages")
 def step(
-    weights: Weights,
+    weights: Flat,
     pages: LatentCache | KVCache,
     rows: Rows,
     drafted: Int[Array, "B"],
@@ -30,6 +30,7 @@ def step(
     n_draft: int,
 ) -> tuple[LatentCache | KVCache, Stepped]:
     """rows.tokens: [B, 1 + drafts of the last step]; drafted: how many of these count, by row. n_draft: of the next."""
+    weights, rows, drafted = weights.tree, _lay(rows), constrain(drafted, "batch")
     out = _extend(weights, pages, rows, compute)
     logits = _logits(weights, out.hidden, rows)
     n = rows.tokens.shape[1]
@@ -45,7 +46,7 @@ def step(
 
 @functools.partial(jax.jit, static_argnames=("compute", "n_draft", "want_prompt"), donate_argnames="pages")
 def prefill(
-    weights: Weights,
+    weights: Flat,
     pages: LatentCache | KVCache,
     rows: Rows,
     following: Int[Array, "B T"],
@@ -61,16 +62,23 @@ def prefill(
     [B, 1]: that behind the chunk. want_prompt: logprobs are of all places, of `following`, and of the sampled one at
     -1; else of that alone.
     """
+    weights, rows = weights.tree, _lay(rows)
+    following, n_new = constrain(following, "batch", None), constrain(n_new, "batch")
     out = _extend(weights, pages, rows, compute)
     last = jnp.maximum(n_new, 1) - 1
-    hidden = out.hidden if want_prompt else _at(out.hidden, last)
+    hidden = out.hidden if want_prompt else place_of(out.hidden, last)
     logits = _logits(weights, hidden, rows)
-    tokens = sample(_at(logits, last) if want_prompt else logits, rows.sampling, (rows.length + n_new)[:, None])
+    tokens = sample(place_of(logits, last) if want_prompt else logits, rows.sampling, (rows.length + n_new)[:, None])
     tokens = constrain(tokens, "batch", None)
     behind = jnp.where(following < 0, tokens, following)
     logprobs = logprobs_of(logits, rows.sampling, behind if want_prompt else tokens, rows.want_logprobs)
     pages, drafts = _draft(weights, out, rows, behind, last, compute, n_draft)
     return pages, Stepped(tokens, jnp.zeros_like(n_new), drafts, logprobs, out.indices)
+
+
+def _lay(rows: Rows) -> Rows:
+    """Each device's own rows, of what the host gave to all."""
+    return jax.tree.map(lambda a: constrain(a, "batch", *(None,) * (a.ndim - 1)) if a.ndim else a, rows)
 
 
 def _extend(weights: Weights, pages, rows: Rows, compute: ComputeConfig) -> Extended:
@@ -91,25 +99,14 @@ def _draft(weights: Weights, out: Extended, rows: Rows, tokens, last, compute, n
     tokens: [B, T], the one behind each place. Drafts behind the first come from the module's own hidden state, and what
     it keeps of them is written over in the next step.
     """
-    pages, length, drafts = out.pages, rows.length, []
-    recycled = out.recycled
-    for n in range(n_draft):
+    pages, length, recycled, drafts = out.pages, rows.length, out.recycled, []
+    for _ in range(n_draft):
         d = weights.model.draft(
-            tokens, recycled, pages, rows.table, length, weights.router_bias, compute, weights.layers
+            tokens, recycled, pages, rows.table, length, last, weights.router_bias, compute, weights.layers
         )
-        pages = d.pages
-        if n == 0:
-            length = length + last
-        hidden, recycled = (_at(a, last) if n == 0 else a for a in (d.hidden, d.recycled))
-        length = length + 1
-        tokens = sample(_logits(weights, hidden, rows), rows.sampling, (length + 1)[:, None])
+        pages, recycled, length, last = d.pages, d.recycled, length + last + 1, jnp.zeros_like(last)
+        tokens = sample(_logits(weights, d.hidden, rows), rows.sampling, (length + 1)[:, None])
         tokens = constrain(tokens, "batch", None)
         drafts.append(tokens)
     none = jnp.zeros_like(rows.tokens[:, :0])
     return pages, jnp.concatenate([none, *drafts], axis=1)
-
-
-def _at(x: Float[Array, "B T N"], place: Int[Array, "B"]) -> Float[Array, "B 1 N"]:
-    """One place of each row."""
-    chosen = jnp.arange(x.shape[1]) == place[:, None]
-    return jnp.sum(jnp.where(chosen[:, :, None], x, 0), axis=1, keepdims=True)

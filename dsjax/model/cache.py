@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import ModelConfig
 from dsjax.state import KVCache, LatentCache, Places
-from pallas_kernels.paged_attention import gather
+from pallas_kernels import paged_attention
 from sharding.rules import RULES, spec
 
 
@@ -29,34 +29,11 @@ def new_pages(cfg: ModelConfig, n_pages: int, page_size: int, dtype, n_mtp: int 
     return kind(*(jnp.zeros(shape, dtype, out_sharding=_layouts(len(shape))[1]) for shape in shapes))
 
 
-def write(
-    pages: Float[Array, "L P S *F"], new: Float[Array, "B T *F"], places: Places, whole_pages: bool = False
-) -> Float[Array, "L P S *F"]:
-    """`pages` with a layer's new tokens behind those that each row has. A token that has no page is not kept.
-
-    whole_pages: the pages that they come to are read and written whole (`lies_by_entry`).
-    """
-
-    def local(pages, new, table, length, layer):
-        size, n_new, new = pages.shape[2], new.shape[1], new.astype(pages.dtype)
-
-        def page_of(n):
-            return jnp.where(n < table.shape[1], jnp.take_along_axis(table, jnp.minimum(n, table.shape[1] - 1), 1), 0)
-
-        if not whole_pages:
-            at = length[:, None] + jnp.arange(n_new)
-            return pages.at[layer, page_of(at // size), at % size].set(new)
-        n = length[:, None] // size + jnp.arange(1 - (1 - n_new) // size)
-        token = n[:, :, None] * size + jnp.arange(size) - length[:, None, None]
-        each = jnp.clip(token, 0, n_new - 1).reshape(len(token), -1, *(1,) * (new.ndim - 2))
-        came = jnp.take_along_axis(new, each, axis=1).reshape(*token.shape, *new.shape[2:])
-        is_new = ((token >= 0) & (token < n_new)).reshape(*token.shape, *(1,) * (new.ndim - 2))
-        page = page_of(n)
-        return pages.at[layer, page].set(jnp.where(is_new, came, pages[layer, page]))
-
+def write(pages: Float[Array, "L P S *F"], new: Float[Array, "B T *F"], places: Places) -> Float[Array, "L P S *F"]:
+    """`pages` with a layer's new tokens behind those that each row has. A token that has no page is not kept."""
     row, held = _layouts(pages.ndim)
     in_specs = (held, row, spec("batch", None), spec("batch"), P())
-    return jax.shard_map(local, in_specs=in_specs, out_specs=held, check_vma=False)(
+    return jax.shard_map(paged_attention.write, in_specs=in_specs, out_specs=held, check_vma=False)(
         pages, jax.reshard(new, row), places.table, places.length, places.layer
     )
 
@@ -65,9 +42,9 @@ def read(pages: Float[Array, "L P S *F"], places: Places) -> Float[Array, "B N_S
     """What a layer's pages hold of each row, in order; behind its length, anything finite."""
 
     row, held = _layouts(pages.ndim)
-    return jax.shard_map(gather, in_specs=(held, spec("batch", None), P()), out_specs=row, check_vma=False)(
-        pages, places.table, places.layer
-    )
+    return jax.shard_map(
+        paged_attention.gather, in_specs=(held, spec("batch", None), P()), out_specs=row, check_vma=False
+    )(pages, places.table, places.layer)
 
 
 def fetch(pages: LatentCache | KVCache, ids: Int[Array, "N"], shard: Int[Array, ""]) -> LatentCache | KVCache:

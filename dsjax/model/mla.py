@@ -17,7 +17,7 @@ from dsjax.nn import RMSNorm, linear, param
 from dsjax.precision import recipe_of
 from dsjax.state import KVCache, LatentCache, Places
 from pallas_kernels.latent_attention import masked_softmax
-from pallas_kernels.paged_attention import lies_by_entry, paged_attention
+from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.scaled_linear import Scaling
 from sharding.rules import constrain, spec
 
@@ -104,11 +104,8 @@ class MLA(nnx.Module):
         Absorbed (reference section 2.3): wkv_b goes to the query and to the output. Many tokens at once are cheaper
         with keys and values expanded from the row's latents.
         """
+        pages = self.remember(x, rope, pages, places)
         q_nope, q_rope = self._queries(x, rope)
-        implementation = compute.latent_attention
-        pages = jax.tree.map(
-            lambda p, new: cache.write(p, new, places, lies_by_entry(p, implementation)), pages, self._latent(x, rope)
-        )
         scale = softmax_scale(self.cfg)
         if x.shape[1] >= self.expanding_pays():
             past = jax.tree.map(lambda p: cache.read(p, places), pages)
@@ -117,8 +114,12 @@ class MLA(nnx.Module):
             return linear(y, self.wo[...]), pages
         w_uk, w_uv = absorbed or self.absorbed()
         q_latent = jnp.einsum("bthk,hkc->bthc", q_nope, w_uk)
-        o_latent = _attend_to_cache(q_latent, q_rope, pages, places, scale, implementation)
+        o_latent = _attend_to_cache(q_latent, q_rope, pages, places, scale, compute.latent_attention)
         return linear(jnp.einsum("bthc,hcv->bthv", o_latent, w_uv), self.wo[...]), pages
+
+    def remember(self, x: Float[Array, "B T D"], rope: Rope, pages: LatentCache, places: Places) -> LatentCache:
+        """The pages with what the cache keeps of new tokens."""
+        return jax.tree.map(lambda p, new: cache.write(p, new, places), pages, self._latent(x, rope))
 
     def expanding_pays(self) -> int:
         """Tokens at once from which the expanded form takes fewer products: C (N + V) an entry against what the
@@ -156,7 +157,8 @@ class MHA(nnx.Module):
         compute: ComputeConfig = ComputeConfig(),
     ) -> Float[Array, "B T D"]:
         recipe = recipe_of(compute)
-        q, k, v = self._project(x, rope, recipe.attention)
+        q, k, v = (linear(x, w[...], "heads", recipe.attention) for w in (self.wq, self.wk, self.wv))
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         y = attend(q, k, v, segment_ids, softmax_scale(self.cfg), compute.attention)
         return linear(y, self.wo[...], scaling=recipe.attention_out)
 
@@ -173,16 +175,18 @@ class MHA(nnx.Module):
         compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """New tokens on cached keys and values: the output, and the pages with them."""
-        q, k, v = self._project(x, rope)
-        pages = jax.tree.map(lambda p, new: cache.write(p, new, places), pages, KVCache(k, v))
+        pages = self.remember(x, rope, pages, places)
+        q = apply_rope(linear(x, self.wq[...], "heads"), *rope)
         past = jax.tree.map(lambda p: cache.read(p, places), pages)
         scores = jnp.einsum("bthk,bshk->bhts", q, past.k, preferred_element_type=jnp.float32)
         p = masked_softmax(scores * softmax_scale(self.cfg), places.length)
         return linear(jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), past.v), self.wo[...]), pages
 
-    def _project(self, x, rope, scaling=None):
-        q, k, v = (linear(x, w[...], "heads", scaling) for w in (self.wq, self.wk, self.wv))
-        return apply_rope(q, *rope), apply_rope(k, *rope), v
+    def remember(self, x: Float[Array, "B T D"], rope: Rope, pages: KVCache, places: Places) -> KVCache:
+        """The pages with the keys and values of new tokens."""
+        k, v = (linear(x, w[...], "heads") for w in (self.wk, self.wv))
+        new = KVCache(apply_rope(k, *rope), v)
+        return jax.tree.map(lambda p, new: cache.write(p, new, places), pages, new)
 
 
 def _attend_to_cache(

@@ -226,17 +226,26 @@ class DeepSeek(nnx.Module):
         pages: LatentCache | KVCache,
         table: Int[Array, "B N"],
         length: Int[Array, "B"],
+        last: Int[Array, "B"],
         router_bias: RouterBias,
         compute: ComputeConfig = ComputeConfig(),
         layers: Layers | None = None,
     ) -> Extended:
         """The first multi-token prediction module, for tokens each behind a place whose hidden state is `recycled`
-        (`Extended.recycled`). Its pages are the last layer's; positions are those of the hidden states."""
+        (`Extended.recycled`). Its pages are the last layer's; positions are those of the hidden states.
+
+        All tokens go to the cache; what the module says is of each row's place `last` alone, [B, 1, D].
+        """
         read = _layer(self.mtp_input, 0)
         mtp, absorbed = layers.mtp[0] if layers else (_layer(self.mtp_block, 0), None)
-        places = Places(table, length, jnp.int32(self.cfg.num_hidden_layers))
-        rope = rope_tables(length[:, None] + jnp.arange(tokens.shape[1]), self.cfg)
+        layer = jnp.int32(self.cfg.num_hidden_layers)
         x = read(self._embed(tokens, compute), constrain(recycled, "batch", "seq", None))
+        if tokens.shape[1] > 1:
+            rope = rope_tables(length[:, None] + jnp.arange(tokens.shape[1]), self.cfg)
+            pages = mtp.attn.remember(mtp.attn_norm(x), rope, pages, Places(table, length, layer))
+            x = place_of(x, last)
+        places = Places(table, length + last, layer)
+        rope = rope_tables(places.length[:, None], self.cfg)
         x, pages, routing = mtp.extend(x, rope, pages, places, router_bias.mtp[0], compute, absorbed)
         hidden = read.out_norm(x)
         return Extended(hidden, x if self.cfg.mtp_hidden != "post_norm" else None, pages, routing.indices[None])
@@ -245,6 +254,12 @@ class DeepSeek(nnx.Module):
         table = constrain(self.embed[...], "vocab", None)
         x = table.at[tokens].get(out_sharding=spec("batch", "seq", None))
         return x.astype(recipe_of(compute).dtype)
+
+
+def place_of(x: Float[Array, "B T N"], place: Int[Array, "B"]) -> Float[Array, "B 1 N"]:
+    """One place of each row."""
+    chosen = jnp.arange(x.shape[1]) == place[:, None]
+    return jnp.sum(jnp.where(chosen[:, :, None], x, 0), axis=1, keepdims=True)
 
 
 def init_router_bias(cfg: ModelConfig) -> RouterBias:
