@@ -139,7 +139,7 @@ def compile_all(shapes: list[str], decoding: list[str], quantised_shapes: list[s
         arguments = *queries, *pages, array(jnp.int32, b, n), lengths, array(jnp.int32)
         for name, f in (
             ("paged decoding", paged_attention.pallas_gpu),
-            ("gathered decoding", gathered),
+            ("XLA gather and decoding", gathered),
             ("XLA paged decoding", paged_attention.reference),
         ):
             cases.append((name, shape, functools.partial(f, scale=192**-0.5), arguments))

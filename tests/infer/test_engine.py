@@ -1,5 +1,6 @@
 """The engine: whatever comes and goes beside it, a request gets the text that it gets alone."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import models
 import numpy as np
 import pytest
 
-from dsjax.config import Config, ConfigError, EngineConfig
+from dsjax.config import Config, ConfigError, EngineConfig, replace
 from dsjax.hub.load import Loaded
 from dsjax.infer import engine as module
 from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request
+from pallas_kernels import paged_attention
 from sharding.mesh import make_mesh
 
 CFG = models.v3(num_hidden_layers=2, max_position_embeddings=64)
@@ -297,6 +299,24 @@ def test_a_mesh_gives_the_same_texts(sizes):
     assert len(engine.pools) == 2
     for prompt, client in zip(PROMPTS, clients):
         assert client.tokens == alone(tuple(prompt))
+
+
+def test_a_kernel_that_reads_pages_in_place_gives_the_same_texts(monkeypatch):
+    monkeypatch.setitem(paged_attention.IMPLEMENTATION_BY_PLATFORM, "cpu", "pallas_interpret")  # writes whole pages
+    interpreted = paged_attention.IMPLEMENTATIONS["pallas_interpret"]
+    monkeypatch.setitem(paged_attention.IMPLEMENTATIONS, "pallas_tpu", interpreted)
+    monkeypatch.setattr(paged_attention, "_UNSUPPORTED", {})
+    it = loaded(data=2, tensor=2)
+    compute = replace(models.COMPUTE, latent_attention="pallas_tpu")
+    it = dataclasses.replace(it, config=replace(it.config, compute=compute))
+    clients = [Client(prompt) for prompt in PROMPTS]
+    with jax.set_mesh(it.mesh):
+        engine = Engine(it, EngineConfig(**OPTIONS, n_draft=1))
+        for client in clients:
+            engine.submit(client.request)
+        engine.run()
+    monkeypatch.undo()
+    assert [client.tokens for client in clients] == [alone(tuple(prompt)) for prompt in PROMPTS]
 
 
 def test_drafts_that_do_not_pay_are_left_out_and_tried_again():
