@@ -224,10 +224,11 @@ def attention(report: Report, smoke: bool) -> None:
 
 
 def decoding(report: Report, smoke: bool) -> None:
-    """Attention of new tokens on V3's latent cache: a large batch, and one row with two tokens."""
+    """Attention of new tokens on V3's latent cache, whole and in pages: a large batch, and one row with two tokens."""
     from pallas_kernels.latent_attention import latent_attention
+    from pallas_kernels.paged_attention import paged_attention
 
-    h, c, r, s = (4, 128, 64, 128) if smoke else (128, 512, 64, 8192)
+    (h, c, r, s), page = (4, 128, 64, 128) if smoke else (128, 512, 64, 8192), 128
     for b, t in ((2, 1), (1, 2)) if smoke else ((64, 1), (1, 2)):
         arrays = normal(b, t, h, c), normal(b, t, h, r, seed=1), normal(b, s, c, seed=2), normal(b, s, r, seed=3)
         length, moved = jnp.full(b, s - t), 2 * b * s * (c + r)
@@ -235,6 +236,11 @@ def decoding(report: Report, smoke: bool) -> None:
             run = functools.partial(latent_attention, scale=192**-0.5, implementation=side)
             measure = functools.partial(bandwidth, moved, run, *arrays, length)
             report.add(f"decoding on the latent cache {side}", measure, shape=[b, t, h, s])
+            run = functools.partial(paged_attention, scale=192**-0.5, implementation=side)
+            pages = (a.reshape(1, b * s // page, page, -1) for a in arrays[2:])
+            table = jax.random.permutation(jax.random.key(4), b * s // page).reshape(b, -1)
+            measure = functools.partial(bandwidth, moved, run, *arrays[:2], *pages, table, length, jnp.int32(0))
+            report.add(f"decoding on pages of the latent cache {side}", measure, shape=[b, t, h, s])
 
 
 def training_step(report: Report, smoke: bool, peak: float | None) -> None:
