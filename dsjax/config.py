@@ -288,6 +288,7 @@ class DistributedConfig:
 
 
 PLAIN = {"float32": "float32", "bfloat16": "bf16"}  # the precision of that dtype in which nothing is quantised
+DTYPES = (*PLAIN, "fp8")  # that a model may be loaded in
 
 
 @_config

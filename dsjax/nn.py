@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax import P, lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from pallas_kernels.quantise import Quantised
 from pallas_kernels.scaled_linear import Scaling, scaled_linears, scaled_swiglu
 from sharding.rules import as_rows, as_tokens, spec, whole
 
@@ -26,15 +28,19 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx
 
 
 def linear(
-    x: Float[Array, "B T *K"], w: Float[Array, "*W"], name: str | None = None, scaling: Scaling | None = None
+    x: Float[Array, "B T *K"],
+    w: Float[Array, "*W"] | Quantised,
+    name: str | None = None,
+    scaling: Scaling | None = None,
 ) -> Float[Array, "B T *N"]:
     """x times w [*K, *N], summed over all axes of x but batch and sequence; `name` is what the first of *N is.
 
     Tokens are rows of one matrix here: where batch and sequence are two axes, XLA:CPU makes the weights' gradients
-    from transposed copies. scaling: in FP8, the tiles on each device's own rows and its part of heads or widths.
+    from transposed copies. scaling: in FP8, the tiles on each device's own rows and its part of heads or widths; so
+    too the weights that are kept quantised.
     """
     n = x.ndim - 2
-    rows, matrix = as_rows(x), w.reshape(math.prod(w.shape[:n]), -1)
+    rows, matrix = as_rows(x), _matrix(w, n)
     layout = P(jax.typeof(rows).sharding.spec[0], *spec(name))
     if scaling is None:
         y = jnp.einsum("nk,km->nm", rows, matrix, out_sharding=layout)
@@ -43,20 +49,27 @@ def linear(
     return as_tokens(y, x, *w.shape[n:])
 
 
+def _matrix(w, n: int):
+    """w with its first n dimensions as one, and the others as one."""
+    if isinstance(w, Quantised):
+        return replace(w, values=_matrix(w.values, n))
+    return w.reshape(math.prod(w.shape[:n]), -1)
+
+
 def _on_devices(local, rows, *weights, layout: P):
     """local(rows, *weights) on each device: with its own rows, and whole weights but for what `tensor` spreads, over
     which results are summed if they are not spread themselves."""
-    layouts = [jax.typeof(w).sharding.spec for w in weights]
-    partial = "tensor" not in layout and any("tensor" in axes for axes in layouts)
+    layouts = jax.tree.map(lambda w: jax.typeof(w).sharding.spec, weights)
+    partial = "tensor" not in layout and any("tensor" in axes for axes in jax.tree.leaves(layouts))
+
+    def gather(w, axes):
+        for i, names in enumerate(axes):
+            if names not in (None, "tensor"):
+                w = whole(w, names, i)
+        return w
 
     def part(rows, *shards):
-        gathered = []
-        for w, axes in zip(shards, layouts):
-            for i, names in enumerate(axes):
-                if names not in (None, "tensor"):
-                    w = whole(w, names, i)
-            gathered.append(w)
-        y = local(rows, *gathered)
+        y = local(rows, *jax.tree.map(gather, shards, layouts))
         return lax.psum(y, "tensor") if partial else y
 
     specs = jax.typeof(rows).sharding.spec, *layouts

@@ -4,13 +4,16 @@ A recipe is data: for each class of matmuls how its three products are quantised
 of RECIPES and its name in `dsjax.config`.
 """
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import P, lax
 
 from dsjax.config import ComputeConfig
-from pallas_kernels.quantise import Tile
+from pallas_kernels.quantise import Quantised, Tile, quantise
 from pallas_kernels.scaled_linear import Product, Scaling
 
 
@@ -95,8 +98,81 @@ def cast_weights(model, precision: str):
     recipe = RECIPES[precision]
     own = {"router": recipe.router, "head": recipe.head or recipe.dtype, "scale": "float32"}  # scale: of a norm
 
-    def cast(path, w: jax.Array) -> jax.Array:
+    def cast(path, w):
+        if isinstance(w, Quantised):
+            return w
         dtype = next((own[part] for part in weight_name(path).split("/") if part in own), recipe.dtype)
         return w.astype(jnp.dtype(dtype))
 
-    return jax.tree_util.tree_map_with_path(cast, model)
+    return jax.tree_util.tree_map_with_path(cast, model, is_leaf=is_quantised)
+
+
+def is_quantised(w: Any) -> bool:
+    return isinstance(w, Quantised)
+
+
+def in_fp8(model) -> bool:
+    """Whether weights of the model are kept in FP8."""
+    return any(map(is_quantised, jax.tree.leaves(model, is_leaf=is_quantised)))
+
+
+def quantise_weights(model, precision: str):
+    """The model with the matrices that the recipe multiplies in FP8 kept so, each device's part by itself.
+
+    What `scaled_linears` would make of them at every use, so not to be trained. wkv_b stays as it is, which decoding
+    takes apart; so does a matrix that is put together from devices' parts of other than whole tiles.
+    """
+    recipe = RECIPES[precision]
+
+    def keep(path, w: jax.Array):
+        name = weight_name(path)
+        scaling = _scaling_of(name, recipe)
+        if scaling is None:
+            return w
+        tile, axes = scaling.forward.right, [*jax.typeof(w).sharding.spec]
+        axes += [None] * (w.ndim - len(axes))
+        stacked, split = matrix_axes(name)
+        mesh, parts = jax.typeof(w).sharding.mesh, (slice(stacked, split), slice(split, None))
+        for part, size in zip(parts, tile[:2]):
+            names = [axis for a in axes[part] if a for axis in ((a,) if isinstance(a, str) else a) if axis != "tensor"]
+            n_devices = math.prod(mesh.shape[axis] for axis in names)
+            if n_devices > 1 and (size is None or math.prod(w.shape[part]) // n_devices % size):
+                return w
+
+        def local(w):
+            def layer(w):
+                matrix = w.reshape(*w.shape[: stacked - 1], math.prod(w.shape[stacked - 1 : split - 1]), -1)
+                q = quantise(matrix, tile)
+                return q.values.reshape(w.shape), q.scales
+
+            return Quantised(*lax.map(layer, w), tile)
+
+        scales = P(*axes[:stacked], axes[stacked], axes[split])
+        out = Quantised(P(*axes), scales, tile)
+        return jax.shard_map(local, in_specs=P(*axes), out_specs=out, check_vma=False)(w)
+
+    return jax.tree_util.tree_map_with_path(keep, model)
+
+
+def matrix_axes(name: str) -> tuple[int, int]:
+    """Of a matrix in the blocks: how many dimensions count layers and experts, and where those of its rows end."""
+    stacked = 2 if "/experts/" in name else 1
+    return stacked, stacked + (2 if name.endswith("/wo") else 1)
+
+
+def _scaling_of(name: str, recipe: Recipe) -> Scaling | None:
+    """How a weight's products are quantised, if they are."""
+    match name.split("/"):
+        case [*_, "wq" | "wq_a" | "wq_b" | "wkv_a" | "wk" | "wv"]:
+            return recipe.attention
+        case [*_, "wo"]:
+            return recipe.attention_out
+        case [*_, "eh_proj"]:
+            return recipe.eh_proj
+        case [*_, "experts", _]:
+            return recipe.experts
+        case [*_, "shared", _]:
+            return recipe.shared
+        case [*_, "ffn", "w_gate" | "w_up" | "w_down"]:
+            return recipe.mlp
+    return None

@@ -42,11 +42,21 @@ class Tile(NamedTuple):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["tile"])
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix, or a stack of them, in E4M3: value times scale is what they stand for."""
+    """A matrix, or a stack of them, in E4M3: value times scale is what they stand for.
+
+    As a model's weight its rows or columns may be several dimensions; its scales are still those of the matrix.
+    """
 
     values: Any  # [*B, R, C] float8_e4m3fn
     scales: Any  # [*B, ceil(R / tile.rows), ceil(C / tile.columns)] float32
     tile: Tile
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    def __getitem__(self, index):
+        return self if index is ... else jax.tree.map(lambda a: a[index], self)
 
 
 def quantise(x: Float[Array, "*B R C"], tile: Tile, *, implementation: str = "auto") -> Quantised:

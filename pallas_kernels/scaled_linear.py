@@ -36,14 +36,15 @@ class Scaling:
 
 def scaled_linears(
     x: Float[Array, "M K"],
-    ws: tuple[Float[Array, "*E K _N"], ...],
+    ws: tuple[Float[Array, "*E K _N"] | Quantised, ...],
     scaling: Scaling,
     group_sizes: Int[Array, "E"] | None = None,
     alignment: int = 1,
 ) -> tuple[Float[Array, "M _N"], ...]:
     """x times each of ws, in the dtype of x; with group_sizes and alignment, as in `grouped_matmul`, by groups of rows.
 
-    Differentiable once, in x and ws. The weight gradient's operands are quantised anew, x from what was kept of it.
+    Weights that are quantised already, in the tiles of scaling.forward, are taken as they are; else differentiable
+    once, in x and ws. The weight gradient's operands are quantised anew, x from what was kept of it.
     """
     return _linears(_in_groups(x, group_sizes), ws, group_sizes, scaling, alignment)
 
@@ -51,9 +52,9 @@ def scaled_linears(
 def scaled_swiglu(
     x: Float[Array, "M D"],
     row_weights: Float[Array, "M"] | None,
-    w_gate: Float[Array, "*E D F"],
-    w_up: Float[Array, "*E D F"],
-    w_down: Float[Array, "*E F D"],
+    w_gate: Float[Array, "*E D F"] | Quantised,
+    w_up: Float[Array, "*E D F"] | Quantised,
+    w_down: Float[Array, "*E F D"] | Quantised,
     scaling: Scaling,
     group_sizes: Int[Array, "E"] | None = None,
     alignment: int = 1,
@@ -68,6 +69,8 @@ def scaled_swiglu(
 
 
 def _quantise(x, tile: Tile, scaling: Scaling) -> Quantised:
+    if isinstance(x, Quantised):
+        return x
     return quantising.quantise(x, tile, implementation=_quantiser(scaling))
 
 

@@ -9,7 +9,7 @@ import click
 from dsjax.cli.find import find_model, find_run, with_devices
 from dsjax.cli.output import as_typed, note, print_table
 from dsjax.cli.verb import DEVICES, NATURAL, POSITIVE, PROBABILITY, TEMPERATURE, Verb
-from dsjax.config import ConfigError, load, override, show
+from dsjax.config import DTYPES, ConfigError, load, override, show
 
 
 @click.command(
@@ -29,6 +29,7 @@ Examples:
 @click.option("--top-p", type=PROBABILITY, default=0.95, show_default=True, help="Sample from this much probability.")
 @click.option("--max-tokens", type=POSITIVE, default=200, show_default=True, help="Longest continuation.")
 @click.option("--seed", type=NATURAL, default=0, show_default=True, help="The same seed writes the same text.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights.  [default: the run's; bfloat16 from the Hub]")
 @click.option("--checkpoint", type=NATURAL, metavar="STEP", help="Step of the checkpoint.  [default: the newest]")
 @click.option("--batch", metavar="FILE", help="Prompts, one a line as JSON; with --out.")
 @click.option("--out", metavar="FILE", help="Where their continuations go, one a line; what it has is not done again.")
@@ -42,6 +43,7 @@ def generate(
     top_p: float,
     max_tokens: int,
     seed: int,
+    dtype: str | None,
     checkpoint: int | None,
     batch: str | None,
     out: str | None,
@@ -68,7 +70,7 @@ def generate(
         from dsjax.infer.batch import run_batch
 
         progress = sys.stderr.isatty()
-        loaded = load_model(folder, step=checkpoint, progress=progress, say=note)
+        loaded = load_model(folder, dtype, step=checkpoint, progress=progress, say=note)
         n = run_batch(
             loaded, Path(batch), Path(out), EngineConfig(max_rows=max_rows), options, progress=progress, say=note
         )
@@ -78,7 +80,7 @@ def generate(
 
     if sys.stdout.isatty() and not chat:
         sys.stdout.write(prompt)  # a reader wants the whole; a pipe, what is new
-    for text in stream(folder, prompt, chat=chat, system=system, say=note, step=checkpoint, **options):
+    for text in stream(folder, prompt, chat=chat, system=system, say=note, dtype=dtype, step=checkpoint, **options):
         sys.stdout.write(text)
         sys.stdout.flush()
     if sys.stdout.isatty():

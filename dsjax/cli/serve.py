@@ -8,7 +8,7 @@ from dsjax import __version__
 from dsjax.cli.find import find_model
 from dsjax.cli.output import note
 from dsjax.cli.verb import NATURAL, POSITIVE, Number, Verb
-from dsjax.config import ConfigError, EngineConfig, MeshConfig, ServerConfig, nearest, show
+from dsjax.config import DTYPES, ConfigError, EngineConfig, MeshConfig, ServerConfig, nearest, show
 
 PORT = Number(int, "a port from 0 to 65535 (0 = any free one)", lambda n: 0 <= n < 65536)
 _KEY = "DSJAX_API_KEY"
@@ -28,7 +28,7 @@ Examples:
 @click.option("--port", type=PORT, default=8000, show_default=True, help="Port.")
 @click.option("--api-key", metavar="KEY", envvar=_KEY, help=f"Bearer key that clients must send.  [{_KEY}]")
 @click.option("--name", metavar="NAME", help="What clients call the model.  [default: the folder's name]")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of weights and cache.  [default: the run's]")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights.  [default: the run's; bfloat16 from the Hub]")
 @click.option("--mesh", metavar="AXIS=N,...", help="Devices: data, expert, tensor.  [default: one device]")
 @click.option("--max-rows", type=POSITIVE, default=8, show_default=True, help="Requests computed at once.")
 @click.option("--max-model-len", type=POSITIVE, help="Tokens of prompt and text.  [default: the model's]")

@@ -45,6 +45,17 @@ class HubCheckpoint:
             values = fp8.dequantise(values, part, (where[0].start, where[1].start))
         return tensor.to_ours(values)
 
+    def read_blocks(self, tensor: HubTensor, place: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray] | None:
+        """The same as e4m3 values and float32 scales, where the file has them and its blocks begin where this one does.
+
+        Scales are those of the matrix [in, out].
+        """
+        where, scale = tensor.file_slices(place), self.scale(tensor.name)
+        if scale is None or tensor.halves or any(s.start % fp8.BLOCK for s in where):
+            return None
+        values = tensor.to_ours(self.files[tensor.name].read(*where))
+        return values, scale.read(*map(fp8.blocks_of, where)).astype(np.float32).T
+
     def scale(self, name: str) -> Stored | None:
         """Where the scales of an FP8 tensor lie."""
         return self.files.get(name + fp8.SUFFIX)

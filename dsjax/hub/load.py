@@ -19,19 +19,21 @@ from flax import nnx
 from tqdm import tqdm
 
 from dsjax import config as configuration
-from dsjax.config import PLAIN, ComputeConfig, Config, ConfigError, replace, show
+from dsjax.config import DTYPES, PLAIN, ComputeConfig, Config, ConfigError, replace, show
 from dsjax.data.tokenizer import Tokenizer, check_vocabulary
+from dsjax.hub import fp8
 from dsjax.hub.checkpoint import HubCheckpoint
 from dsjax.hub.config import is_hub_folder
 from dsjax.hub.names import HubTensor
 from dsjax.model.transformer import DeepSeek, init_router_bias
-from dsjax.precision import cast_weights, weight_name
+from dsjax.precision import cast_weights, is_quantised, matrix_axes, quantise_weights, weight_name
 from dsjax.state import Batch, RouterBias
 from dsjax.train.checkpoint import Checkpoints, abstract, abstract_state
 from sharding.mesh import make_mesh
 from sharding.rules import spec
 
 READERS = 4  # leaves read at a time
+_FP8, _FP8_UE8M0 = "fp8_deepseek", "fp8_deepseek_ue8m0"  # what "fp8" is computed in
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,15 @@ def load(
     """The model of a Hub folder or run folder.
 
     dtype: float32 or bfloat16 of matrices and activations, by default the run's, bfloat16 for a Hub folder; routers and
-    norms are float32. mesh: of `sharding.mesh.make_mesh`, one device by default. step: the run's checkpoint, the newest
-    by default. say: called with notes on the folder. Each process reads only the slices that its devices hold.
+    norms are float32. Or fp8, to generate and not to train: matrices in blocks of 128 x 128, those of released FP8
+    checkpoints as they are, and activations in bfloat16, quantised where they meet (reference section 5.2). mesh: of
+    `sharding.mesh.make_mesh`, one device by default. step: the run's checkpoint, the newest by default. say: called
+    with notes on the folder. Each process reads only the slices that its devices hold.
 
     Raises ConfigError (HubError) for a folder that is neither, or damaged.
     """
-    if dtype not in (None, *PLAIN):
-        raise ConfigError(f"dtype={show(dtype)}: expected {' or '.join(PLAIN)}")
+    if dtype not in (None, *DTYPES):
+        raise ConfigError(f"dtype={show(dtype)}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     folder, mesh = Path(source), make_mesh(jax.local_devices()[:1]) if mesh is None else mesh
     if not folder.is_dir():
         raise ConfigError(f"{show(str(source))}: no such folder; expected a Hub folder or a run folder")
@@ -84,11 +88,17 @@ def load(
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{show(str(source))}: no config.json; expected a Hub folder or a run folder")
     config = configuration.load(folder / "config.json")
-    config = replace(config, compute=replace(config.compute, precision=PLAIN.get(dtype, config.compute.precision)))
+    plain = "bf16" if dtype == "fp8" else PLAIN.get(dtype, config.compute.precision)
+    config = replace(config, compute=replace(config.compute, precision=plain))
     like = abstract_state(config, mesh).replace(ema=None, model=_like(config, mesh))
     with Checkpoints(folder, read_only=True) as checkpoints:
         state = checkpoints.restore_model(step, like)
-    return Loaded(state.model, state.router_bias, mesh, config, folder)
+    model = state.model
+    if dtype == "fp8":
+        config = replace(config, compute=replace(config.compute, precision=_FP8))
+        with jax.set_mesh(mesh):
+            model = jax.jit(quantise_weights, static_argnums=1)(model, config.compute.precision)
+    return Loaded(model, state.router_bias, mesh, config, folder)
 
 
 def logits(model: Loaded, tokens) -> np.ndarray:
@@ -127,9 +137,14 @@ def _shards(mesh) -> list[int]:
     ]
 
 
-def _like(config: Config, mesh) -> DeepSeek:
-    """Shapes, dtypes and shardings of the weights in the compute format."""
-    make = lambda: cast_weights(DeepSeek(config.model, rngs=nnx.Rngs(0)), config.compute.precision)  # noqa: E731
+def _like(config: Config, mesh, quantised: bool = False) -> DeepSeek:
+    """Shapes, dtypes and shardings of the weights in the compute format, or kept in FP8."""
+    precision = config.compute.precision
+
+    def make():
+        model = cast_weights(DeepSeek(config.model, rngs=nnx.Rngs(0)), precision)
+        return quantise_weights(model, precision) if quantised else model
+
     return abstract(make, mesh)
 
 
@@ -145,14 +160,17 @@ def _load_hub(folder: Path, dtype: str, mesh, progress: bool, say) -> Loaded:
         name=folder.resolve().name,
         seq_len=min(4096, hub.model.max_position_embeddings),
         model=hub.model,
-        compute=ComputeConfig(precision=PLAIN[dtype]),
+        compute=ComputeConfig(precision=PLAIN.get(dtype) or (_FP8_UE8M0 if hub.config.ue8m0 else _FP8)),
     )
-    like = {"model": _like(config, mesh), "router_bias": abstract(lambda: init_router_bias(hub.model), mesh)}
+    like = {
+        "model": _like(config, mesh, dtype == "fp8"),
+        "router_bias": abstract(lambda: init_router_bias(hub.model), mesh),
+    }
     places: dict[str, dict[tuple[int, ...], HubTensor]] = {}
     for t in hub.tensors:
         if not t.copy:
             places.setdefault(t.leaf, {})[t.index] = t
-    paths, tree = jax.tree_util.tree_flatten_with_path(like)
+    paths, tree = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_quantised)
     total = sum(hub.files[t.name].n_bytes for of_leaf in places.values() for t in of_leaf.values())
     with (
         tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=not progress or None, leave=False) as bar,
@@ -164,24 +182,44 @@ def _load_hub(folder: Path, dtype: str, mesh, progress: bool, say) -> Loaded:
     return Loaded(state["model"], state["router_bias"], mesh, config, folder)
 
 
-def _read_leaf(hub: HubCheckpoint, bar, tensors: dict[tuple[int, ...], HubTensor] | None, like) -> jax.Array:
+def _read_leaf(hub: HubCheckpoint, bar, tensors: dict[tuple[int, ...], HubTensor] | None, like):
     """One leaf on its devices. Without tensors (no router bias, no MTP): zeros."""
-    if tensors is None or not like.size:
-        return jax.device_put(jnp.zeros(like.shape, like.dtype), like.sharding)
+    values = like.values if is_quantised(like) else like
+    if tensors is None or not values.size:
+        return jax.tree.map(lambda a: jax.device_put(jnp.zeros(a.shape, a.dtype), a.sharding), like)
     n_stacked = len(next(iter(tensors)))
-    done: dict[Any, np.ndarray] = {}  # devices that hold the same slice share one reading
+    done: dict[Any, list[np.ndarray]] = {}  # devices that hold the same slice share one reading
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        whole = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, like.shape))
+    def part(index: tuple[slice, ...]) -> list[np.ndarray]:
+        """A device's part of the leaf's one array, or of values and scales."""
+        whole = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, values.shape))
         key = tuple((s.start, s.stop) for s in whole)
         if key not in done:
             stacked, place = whole[:n_stacked], whole[n_stacked:]
-            out = np.empty([s.stop - s.start for s in whole], like.dtype)
+            done[key] = [np.empty(a.sharding.shard_shape(a.shape), a.dtype) for a in jax.tree.leaves(like)]
             for at in itertools.product(*(range(s.start, s.stop) for s in stacked)):
-                block = hub.read(tensors[at], place)
-                out[tuple(i - s.start for i, s in zip(at, stacked))] = block
-                bar.update(block.size * hub.files[tensors[at].name].itemsize)
-            done[key] = out
+                read = _in_blocks(hub, tensors[at], place) if is_quantised(like) else (hub.read(tensors[at], place),)
+                bar.update(read[0].size * hub.files[tensors[at].name].itemsize)
+                for out, a in zip(done[key], read):
+                    out[tuple(i - s.start for i, s in zip(at, stacked))] = a
         return done[key]
 
-    return jax.make_array_from_callback(like.shape, like.sharding, part)
+    if not is_quantised(like):
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: part(index)[0])
+    places = values.sharding.addressable_devices_indices_map(values.shape)
+    parts = [[jax.device_put(a, device) for a in part(index)] for device, index in places.items()]
+    make = jax.make_array_from_single_device_arrays
+    return jax.tree.map(
+        lambda a, *parts: make(a.shape, a.sharding, parts), like, *map(jax.tree.structure(like).unflatten, parts)
+    )
+
+
+def _in_blocks(hub: HubCheckpoint, tensor: HubTensor, place: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Values and scales of a weight: those of the file, if it has them and the part begins where a block does."""
+    if (kept := hub.read_blocks(tensor, place)) is not None:
+        return kept
+    part = hub.read(tensor, place)
+    stacked, split = matrix_axes(tensor.leaf)
+    matrix = part.astype(np.float32).reshape(math.prod(part.shape[: split - stacked]), -1)
+    values, scales = fp8.quantise(matrix, hub.config.ue8m0)
+    return values.reshape(part.shape), scales

@@ -28,7 +28,7 @@ from dsjax.infer.requests import Request, Sampled
 from dsjax.model.cache import fetch, new_pages, put
 from dsjax.model.moe import rearrange
 from dsjax.model.transformer import unstack
-from dsjax.precision import RECIPES, cast_weights, weight_name
+from dsjax.precision import RECIPES, cast_weights, in_fp8, weight_name
 from dsjax.state import Flat, Replicas, Rows, Sampling, Stepped, Weights
 from sharding.rules import RULES, spec
 
@@ -48,8 +48,10 @@ class Engine:
         if mesh.shape["context"] > 1 or mesh.shape["stage"] > 1:
             raise ConfigError(f"mesh={dict(mesh.shape)}: expected context=1 and stage=1 to generate")
         self.n_shards = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-        compute = replace(loaded.config.compute, precision=PLAIN[RECIPES[loaded.config.compute.precision].dtype])
-        self.compute = replace(compute, expert_buffer=None, overlap="none")
+        self.compute = replace(loaded.config.compute, expert_buffer=None, overlap="none")
+        if not in_fp8(loaded.model):  # so that weights are not quantised anew at every step
+            plain = PLAIN[RECIPES[self.compute.precision].dtype]
+            self.compute = replace(self.compute, precision=plain)
         self.n_draft = min(options.n_draft, 8) if cfg.num_nextn_predict_layers else 0
         self.longest = min(options.max_model_len or cfg.max_position_embeddings, cfg.max_position_embeddings)
 

@@ -60,15 +60,17 @@ def stream(
     top_p: float = 0.95,
     max_tokens: int = 200,
     seed: int = 0,
+    dtype: str | None = None,
     step: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[str]:
     """The continuation of a prompt by the model of a run folder or Hub folder, piece by piece.
 
     The same for the same seed. chat: the prompt is a user's message, put into the folder's chat template behind an
-    optional system message, and the answer follows. Raises ConfigError for what is missing in the folder, or damaged.
+    optional system message, and the answer follows. dtype, step: as `load` takes them. Raises ConfigError for what is
+    missing in the folder, or damaged.
     """
-    loaded = load(source, step=step, progress=sys.stderr.isatty(), say=say)
+    loaded = load(source, dtype, step=step, progress=sys.stderr.isatty(), say=say)
     if chat:
         messages = [{"role": "system", "content": system}] * (system is not None) + [
             {"role": "user", "content": prompt}

@@ -104,22 +104,32 @@ class MLA(nnx.Module):
         Absorbed (reference section 2.3): wkv_b goes to the query and to the output. Many tokens at once are cheaper
         with keys and values expanded from the row's latents.
         """
-        pages = self.remember(x, rope, pages, places)
-        q_nope, q_rope = self._queries(x, rope)
+        recipe = recipe_of(compute)
+        pages = self.remember(x, rope, pages, places, compute)
+        q_nope, q_rope = self._queries(x, rope, recipe.attention)
         scale = softmax_scale(self.cfg)
         if x.shape[1] >= self.expanding_pays():
             past = jax.tree.map(lambda p: cache.read(p, places), pages)
             q = jnp.concatenate([q_nope, q_rope], axis=-1)
             y = attend_past(q, past.c_kv, past.k_rope, self.wkv_b[...], places.length, scale)
-            return linear(y, self.wo[...]), pages
+            return linear(y, self.wo[...], scaling=recipe.attention_out), pages
         w_uk, w_uv = absorbed or self.absorbed()
         q_latent = jnp.einsum("bthk,hkc->bthc", q_nope, w_uk)
         o_latent = _attend_to_cache(q_latent, q_rope, pages, places, scale, compute.latent_attention)
-        return linear(jnp.einsum("bthc,hcv->bthv", o_latent, w_uv), self.wo[...]), pages
+        y = jnp.einsum("bthc,hcv->bthv", o_latent, w_uv)
+        return linear(y, self.wo[...], scaling=recipe.attention_out), pages
 
-    def remember(self, x: Float[Array, "B T D"], rope: Rope, pages: LatentCache, places: Places) -> LatentCache:
+    def remember(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        pages: LatentCache,
+        places: Places,
+        compute: ComputeConfig = ComputeConfig(),
+    ) -> LatentCache:
         """The pages with what the cache keeps of new tokens."""
-        return jax.tree.map(lambda p, new: cache.write(p, new, places), pages, self._latent(x, rope))
+        latent = self._latent(x, rope, recipe_of(compute).attention)
+        return jax.tree.map(lambda p, new: cache.write(p, new, places), pages, latent)
 
     def expanding_pays(self) -> int:
         """Tokens at once from which the expanded form takes fewer products: C (N + V) an entry against what the
@@ -175,16 +185,25 @@ class MHA(nnx.Module):
         compute: ComputeConfig = ComputeConfig(),
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """New tokens on cached keys and values: the output, and the pages with them."""
-        pages = self.remember(x, rope, pages, places)
-        q = apply_rope(linear(x, self.wq[...], "heads"), *rope)
+        recipe = recipe_of(compute)
+        pages = self.remember(x, rope, pages, places, compute)
+        q = apply_rope(linear(x, self.wq[...], "heads", recipe.attention), *rope)
         past = jax.tree.map(lambda p: cache.read(p, places), pages)
         scores = jnp.einsum("bthk,bshk->bhts", q, past.k, preferred_element_type=jnp.float32)
         p = masked_softmax(scores * softmax_scale(self.cfg), places.length)
-        return linear(jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), past.v), self.wo[...]), pages
+        y = jnp.einsum("bhts,bshk->bthk", p.astype(x.dtype), past.v)
+        return linear(y, self.wo[...], scaling=recipe.attention_out), pages
 
-    def remember(self, x: Float[Array, "B T D"], rope: Rope, pages: KVCache, places: Places) -> KVCache:
+    def remember(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rope,
+        pages: KVCache,
+        places: Places,
+        compute: ComputeConfig = ComputeConfig(),
+    ) -> KVCache:
         """The pages with the keys and values of new tokens."""
-        k, v = (linear(x, w[...], "heads") for w in (self.wk, self.wv))
+        k, v = (linear(x, w[...], "heads", recipe_of(compute).attention) for w in (self.wk, self.wv))
         new = KVCache(apply_rope(k, *rope), v)
         return jax.tree.map(lambda p, new: cache.write(p, new, places), pages, new)
 

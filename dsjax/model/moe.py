@@ -15,6 +15,7 @@ from dsjax.nn import SwiGLU, param
 from dsjax.precision import recipe_of
 from dsjax.state import Replicas, Routing
 from pallas_kernels.grouped_matmul import ALIGNMENT, choose, grouped_swiglu, slice_float32
+from pallas_kernels.quantise import Quantised
 from pallas_kernels.row_matmul import row_matmul
 from pallas_kernels.scaled_linear import Scaling, scaled_swiglu
 from sharding.dispatch import Buffers, combine, dispatch
@@ -61,7 +62,7 @@ class RoutedExperts(nnx.Module):
     def decode(self, x: Float[Array, "B T D"], routing: Routing, compute: ComputeConfig) -> Float[Array, "B T D"]:
         """The same, quick for a single token on a CPU; whatever the loads, nothing is left out."""
         alone = x.shape[:2] == (1, 1) and jax.typeof(x).sharding.mesh.size == 1
-        if not alone or choose(compute.grouped_matmul) != "tiles":
+        if not alone or recipe_of(compute).experts or choose(compute.grouped_matmul) != "tiles":
             return self(x, routing, replace(compute, expert_buffer=None))[0]
         arguments = x, routing.indices, routing.weights, self.w_gate[...], self.w_up[...], self.w_down[...]
         y = jax.shard_map(_one_token, in_specs=(P(),) * len(arguments), out_specs=P(), check_vma=False)(
@@ -76,7 +77,8 @@ class RoutedExperts(nnx.Module):
         limit = self.cfg.topk_group if n_group % groups == 0 and not replicated else None
         recipe = recipe_of(compute)
         cheap = CHEAP_BYTES // (self.cfg.hidden_size * jnp.dtype(recipe.dtype).itemsize)
-        alignment = math.lcm(recipe.alignment(), ALIGNMENT.get(choose(compute.grouped_matmul), 1))
+        own = 1 if isinstance(self.w_gate[...], Quantised) else recipe.alignment()  # that of gradients
+        alignment = math.lcm(own, ALIGNMENT.get(choose(compute.grouped_matmul), 1))
         options = compute.exchange, alignment, compute.fp8_dispatch
         return Buffers(compute.expert_buffer, cheap, groups, limit, *options)
 
@@ -104,9 +106,9 @@ def _experts_of_device(
     x: Float[Array, "B T D"],
     indices: Int[Array, "B T K"],
     weights: Float[Array, "B T K"],
-    w_gate: Float[Array, "E D_fsdp F"],
-    w_up: Float[Array, "E D_fsdp F"],
-    w_down: Float[Array, "E F D_fsdp"],
+    w_gate: Float[Array, "E D_fsdp F"] | Quantised,
+    w_up: Float[Array, "E D_fsdp F"] | Quantised,
+    w_down: Float[Array, "E F D_fsdp"] | Quantised,
     *,
     buffers: Buffers,
     implementation: str,
@@ -116,7 +118,8 @@ def _experts_of_device(
     flat = (a.reshape(-1, a.shape[-1]) for a in (x, indices, weights))
     rows, row_weights, plan = dispatch(*flat, n_local_experts=w_gate.shape[0], buffers=buffers)
     # The FSDP all-gather, in here: its gradient is a reduce-scatter, where that of a reshard before is an all-reduce.
-    weights = [whole(w, "fsdp", i) for w, i in ((w_gate, 1), (w_up, 1), (w_down, 2))]
+    gather = lambda w, i: jax.tree.map(lambda a: whole(a, "fsdp", i), w)  # noqa: E731
+    weights = [gather(w, i) for w, i in ((w_gate, 1), (w_up, 1), (w_down, 2))]
     if scaling is None:
         options = {"implementation": implementation, "alignment": buffers.alignment}
         y = grouped_swiglu(rows, row_weights, *weights, plan.group_sizes, **options)
@@ -189,7 +192,8 @@ class MoE(nnx.Module):
         """
         routing = self.router(x, bias)
         placed = routing if replicas is None else routing.replace(indices=_in_turn(routing.indices, replicas))
-        return self._with_shared(x, self.experts.decode(x, placed, compute)), routing
+        y = self.experts.decode(x, placed, compute)
+        return self._with_shared(x, y, recipe_of(compute).shared), routing
 
     def _with_shared(self, x, y, scaling=None):
         return y + self.shared(x, scaling) if self.n_shared_experts else y

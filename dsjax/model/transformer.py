@@ -112,7 +112,7 @@ class Block(nnx.Module):
         y, pages = self.attn.extend(self.attn_norm(x), rope, pages, places, absorbed, compute)
         x = x + y
         if self.kind == "dense":
-            return x + self.ffn(self.ffn_norm(x)), pages, None
+            return x + self.ffn(self.ffn_norm(x), recipe_of(compute).mlp), pages, None
         y, routing = self.ffn.decode(self.ffn_norm(x), bias, compute, replicas)
         return x + y, pages, routing
 
@@ -239,10 +239,11 @@ class DeepSeek(nnx.Module):
         read = _layer(self.mtp_input, 0)
         mtp, absorbed = layers.mtp[0] if layers else (_layer(self.mtp_block, 0), None)
         layer = jnp.int32(self.cfg.num_hidden_layers)
-        x = read(self._embed(tokens, compute), constrain(recycled, "batch", "seq", None))
+        embedding, recycled = self._embed(tokens, compute), constrain(recycled, "batch", "seq", None)
+        x = read(embedding, recycled, recipe_of(compute).eh_proj)
         if tokens.shape[1] > 1:
             rope = rope_tables(length[:, None] + jnp.arange(tokens.shape[1]), self.cfg)
-            pages = mtp.attn.remember(mtp.attn_norm(x), rope, pages, Places(table, length, layer))
+            pages = mtp.attn.remember(mtp.attn_norm(x), rope, pages, Places(table, length, layer), compute)
             x = place_of(x, last)
         places = Places(table, length + last, layer)
         rope = rope_tables(places.length[:, None], self.cfg)
