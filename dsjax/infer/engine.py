@@ -75,8 +75,7 @@ class Engine:
 
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self._new: deque[Request] = deque()
-        self._cancelled: deque[int] = deque()
+        self._came: deque[Request | int] = deque()  # requests, and the ids of those to end
         self.counts: Counter[str] = Counter()
         self.accepted_at = np.zeros(max(1, self.n_draft), np.int64)
         self.drafted_at = np.zeros(max(1, self.n_draft), np.int64)
@@ -92,11 +91,9 @@ class Engine:
 
     def reset(self, reason: str) -> None:
         """Ends all requests, and starts again on an empty cache: after a step that failed, its pages are gone."""
-        for request in (*self.running, *self.waiting, *self._new):
-            if request not in self.running and request not in self.waiting:
-                self.waiting.append(request)
+        self._take()
+        for request in (*self.running, *self.waiting):
             self._end(request, reason)
-        self._new.clear()
         self._empty()
 
     # Experts
@@ -158,15 +155,15 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Takes a request from any thread. Raises ConfigError for one that cannot be done."""
         request.check(self.cfg.vocab_size, self.longest)
-        self._new.append(request)
+        self._came.append(request)
 
     def cancel(self, id: int) -> None:
         """Ends a request, from any thread, before the next step."""
-        self._cancelled.append(id)
+        self._came.append(id)
 
     @property
     def busy(self) -> bool:
-        return bool(self._new or self.waiting or self.running)
+        return bool(self._came or self.waiting or self.running)
 
     def warm(self, *, progress: bool = False) -> None:
         """Compiles every program of this engine, and times steps with drafts and without."""
@@ -207,15 +204,7 @@ class Engine:
 
     def step(self) -> None:
         """Takes what came, admits what has room, reads a chunk of prompts, and takes all rows a step further."""
-        while self._new:
-            request = self._new.popleft()
-            request.tokens = list(request.prompt)
-            request.chunks = chunk_names(request.prompt, self.options.prefill_chunk)
-            self.waiting.append(request)
-        while self._cancelled:
-            id = self._cancelled.popleft()
-            for request in [r for r in (*self.waiting, *self.running) if r.id == id]:
-                self._end(request, "cancelled")
+        self._take()
         self._admit()
         read = 0
         while read < self.options.prefill_chunk and (n := self._prefill()):  # short prompts do not wait for steps
@@ -223,6 +212,18 @@ class Engine:
         self._decode()
         if self.placement is not None and self.counts["steps"] - self._placed_at >= self.options.rebalance_steps:
             self.rebalance()
+
+    def _take(self) -> None:
+        """What came since the last step."""
+        while self._came:
+            item = self._came.popleft()
+            if isinstance(item, int):
+                for request in [r for r in (*self.waiting, *self.running) if r.id == item]:
+                    self._end(request, "cancelled")
+                continue
+            item.tokens = list(item.prompt)
+            item.chunks = chunk_names(item.prompt, self.options.prefill_chunk)
+            self.waiting.append(item)
 
     def _end(self, request: Request, reason: str) -> None:
         if request in self.running:
