@@ -80,7 +80,8 @@ def test_a_run_is_served_until_sigterm_which_lets_requests_end(served):
         (["--mesh=expert=0"], "--mesh=expert=0: expected expert=N with a whole number greater than 0"),
         (["--mesh=expert=64"], "--mesh=expert=64: needs 64 devices"),
         (["--prefill-chunk=50"], "prefill_chunk=50: expected a multiple of page_size=32"),
-        (["--n-draft=9"], "n_draft"),
+        (["--n-draft=9"], "--n-draft=9: expected a whole number at least 0 and at most 8"),
+        (["--timeout-s=nan"], "--timeout-s=nan: expected a number greater than 0"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
