@@ -3,10 +3,10 @@
     python -m benchmarks.serve_soak runs/tiny --out benchmarks/results/serve_soak_tiny.json
     python -m benchmarks.serve_soak --table benchmarks/results/serve_soak_tiny.json
 
-A set of requests is answered by the idle server first, one at a time. Then clients ask these at random, and others among
-them; a third of the requests is given up: at once, before the first token, or in the middle. The cache is too small for all rows, so that
-requests lose their pages and get them back. With --one-shape answers are compared to the bit of every text; --any-shape
-leaves the option out, and counts what differs.
+A set of requests is answered by the idle server first, one at a time. Then clients ask these at random, and others
+between them; a third of the requests is given up: at once, before the first token, or in the middle. The cache is too
+small for all rows, so that requests lose their pages and get them back. Served with --one-shape, every text must be the
+same; --any-shape leaves the option out, and counts those that differ.
 """
 
 import argparse

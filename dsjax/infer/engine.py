@@ -233,7 +233,12 @@ class Engine:
         self.pools[request.shard].give_back(request.pages)
         request.pages, request.kept = [], None
         self.counts[f"ended_{reason.split(':')[0]}"] += 1
-        request.done(reason)
+        done, request.tell, request.done = (
+            request.done,
+            _nothing,
+            _nothing,
+        )  # they know the request: a cycle, seldom freed
+        done(reason)
 
     # Room
 
@@ -385,7 +390,7 @@ class Engine:
             self.counts["cached_tokens"] += request.n_cached
             request.drafts = out.drafts[i].tolist()
             at = n - 1 if out.logprobs.chosen.shape[1] > 1 else 0
-            experts = out.indices[:, i, n - 1]
+            experts = out.indices[:, i, n - 1].copy()  # a view would keep all of the step's
             self._emit(request, [self._sampled(out, i, at, int(out.tokens[i, 0]), request.logprobs, experts)])
 
     def _decode(self) -> None:
@@ -434,7 +439,7 @@ class Engine:
             request.drafts = out.drafts[i].tolist() if k else []
             said = []
             for j in range(accepted + 1):
-                experts = out.indices[:, i, j]
+                experts = out.indices[:, i, j].copy()
                 one = self._sampled(out, i, j, int(out.tokens[i, j]), request.logprobs, experts, j < accepted)
                 said.append(one)
             self._emit(request, said)
@@ -560,6 +565,10 @@ class _Pace:
         if tokens:
             share = min(0.5, 0.02 * len(tokens))
             self.tokens += share * (sum(tokens) / len(tokens) - self.tokens)
+
+
+def _nothing(_) -> None:
+    pass
 
 
 def _placed(by_shard: list[list[Request]], b: int) -> list[tuple[int, Request]]:

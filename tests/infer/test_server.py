@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import signal
 import socket
@@ -19,10 +20,11 @@ from dsjax.config import Config, EngineConfig, ServerConfig, replace
 from dsjax.data.tokenizer import bytes_tokenizer
 from dsjax.hub.load import Loaded
 from dsjax.infer.engine import Engine
-from dsjax.infer.requests import Request
+from dsjax.infer.requests import Request, Sampled
 from dsjax.infer.server.driver import Driver
 from dsjax.infer.server.run import Server
 from dsjax.infer.server.service import Service
+from dsjax.infer.text import Text
 from sharding.mesh import make_mesh
 
 CFG = models.v3(num_hidden_layers=2, max_position_embeddings=256, vocab_size=264)
@@ -432,6 +434,29 @@ def test_a_server_that_ends_says_so_first_and_lets_requests_end(loaded, monkeypa
         assert not thread.is_alive() and time.monotonic() - begin < 3  # the idle connections do not hold it
         idle.close()
         silent.close()
+
+
+def test_nothing_of_a_request_is_kept_when_it_has_ended(post, url, service):
+    def kept():
+        return [type(o).__name__ for o in gc.get_objects() if type(o) in (Request, Text, Sampled)]
+
+    def ask():
+        for path, body in (("/v1/completions", LONG), ("/v1/chat/completions", CHAT)):
+            for stream in (False, True):
+                assert post(path, body | {"max_tokens": 5, "stream": stream}).status_code == 200
+                with contextlib.suppress(httpx.ReadTimeout):
+                    httpx.post(url + path, json=body | {"n": 4, "stream": stream}, headers=KEY, timeout=0.1)
+
+    ask()
+    assert until(lambda: not service.driver.engine.busy and service.driver.n_open == 0)
+    gc.collect()
+    gc.disable()  # what is freed is freed at once: a large heap is seldom searched for cycles
+    try:
+        ask()
+        assert until(lambda: not service.driver.engine.busy and service.driver.n_open == 0)
+        assert until(lambda: not kept(), 2), kept()
+    finally:
+        gc.enable()
 
 
 def test_a_request_that_comes_and_goes_between_two_steps_is_gone(loaded):

@@ -182,7 +182,8 @@ async def stream(service: Service, body: ChatRequest) -> AsyncIterator[dict[str,
 def _take(choice: _Choice, delta) -> Piece:
     thinking = choice.answer.thinking
     piece = choice.answer.push(delta.text)
-    choice.said += delta.said
+    if choice.request.logprobs is not None:
+        choice.said += delta.said
     choice.n_reasoning += len(delta.said) if thinking else 0
     if delta.reason is not None:
         choice.reason = delta.reason

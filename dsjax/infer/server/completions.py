@@ -98,7 +98,8 @@ async def stream(service: Service, body: CompletionRequest) -> AsyncIterator[dic
 
 def _take(choice: _Choice, delta, body: CompletionRequest) -> tuple[list[Sampled], str]:
     said, text = ([], "") if body.max_tokens == 0 else (delta.said, delta.text)
-    choice.said += said
+    if body.logprobs is not None:
+        choice.said += said
     choice.written += text
     choice.reason = delta.reason and ("length" if body.max_tokens == 0 else delta.reason)
     return said, text
