@@ -171,7 +171,7 @@ def soak(args: argparse.Namespace) -> dict:
             "pages_lost": n_pages - sum(pages(end).values()),
             "failed_steps": int(end["dsjax_failed_steps_total"]),
         }
-        warm_s = args.seconds / 5
+        warm_s = args.seconds / 2
         result = {
             "server_options": options,
             "clients": args.clients,
