@@ -21,6 +21,7 @@ from dsjax.data.tokenizer import bytes_tokenizer
 from dsjax.hub.load import Loaded
 from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request, Sampled
+from dsjax.infer.server import app
 from dsjax.infer.server.driver import Driver
 from dsjax.infer.server.run import Server
 from dsjax.infer.server.service import Service
@@ -412,6 +413,38 @@ def test_what_takes_too_long_is_ended_and_told(url, service, slow, monkeypatch):
     monkeypatch.setattr(service.driver.engine, "rows_a_shard", 0)  # nobody gets a row
     assert httpx.post(f"{url}/v1/completions", headers=KEY, json=LONG | {"stream": True}).status_code == 504
     assert until(lambda: not service.driver.engine.busy and service.driver.n_open == 0)
+
+
+def test_who_does_not_read_its_stream_is_cut_off(post, service, monkeypatch):
+    assert post("/v1/completions", LONG).status_code == 200  # all is compiled
+    monkeypatch.setattr(service, "config", replace(service.config, timeout_s=1))
+    monkeypatch.setattr(app, "_GRACE_S", 0.2)
+    body = json.dumps(LONG | {"stream": True}).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"authorization", b"Bearer key")],
+    }
+
+    async def go():
+        came, for_ever = [{"type": "http.request", "body": body}], asyncio.Event()
+
+        async def receive():
+            return came.pop() if came else await for_ever.wait()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await for_ever.wait()
+
+        await asyncio.wait_for(app.create_app(service)(scope, receive, send), 10)
+        while service.driver.engine.busy or service.driver.n_open:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(go(), 20))
 
 
 def test_a_server_that_ends_says_so_first_and_lets_requests_end(loaded, monkeypatch):

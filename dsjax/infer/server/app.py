@@ -24,6 +24,7 @@ from dsjax.infer.server.protocol import ChatRequest, CompletionRequest, Detokeni
 from dsjax.infer.server.service import Failed, Service
 
 _RETRY_AFTER_S = 5
+_GRACE_S = 5  # beyond a request's time, for its end to be read
 _PAGE = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -207,7 +208,20 @@ async def _answer(service: Service, request: Request, body, whole: Callable, str
             except Failed as error:
                 yield _event(_envelope(500, str(error)))
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return _Stream(events(), end + _GRACE_S)
+
+
+class _Stream(StreamingResponse):
+    """Events to a client that reads them before the time is over; then the connection is cut."""
+
+    def __init__(self, events: AsyncIterator[str], end: float):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._end = end
+
+    async def __call__(self, scope, receive, send) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._end - time.monotonic()):
+                await super().__call__(scope, receive, send)
 
 
 def _event(value: Any) -> str:
