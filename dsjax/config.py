@@ -393,6 +393,7 @@ class ServerConfig:
     api_key: str | None = Field(None, description="bearer key that /v1 asks for; none = anyone who can connect")
     max_waiting: int = Field(256, ge=0, description="requests that may wait; more get 429")
     max_body_mib: float = Field(8, gt=0, description="largest body of a request")
+    body_timeout_s: float = Field(30, gt=0, description="seconds that a body may take to come")
     timeout_s: float = Field(600, gt=0, description="seconds after which a request is ended")
     drain_s: float = Field(30, ge=0, description="seconds that running requests get at the end")
 

@@ -9,7 +9,7 @@ import click
 from dsjax.cli.find import find_model, find_run, with_devices
 from dsjax.cli.output import as_typed, note, print_table
 from dsjax.cli.verb import DEVICES, NATURAL, POSITIVE, PROBABILITY, TEMPERATURE, Verb
-from dsjax.config import DTYPES, ConfigError, load, override, show
+from dsjax.config import DTYPES, ConfigError, EngineConfig, load, override, show
 
 
 @click.command(
@@ -33,7 +33,13 @@ Examples:
 @click.option("--checkpoint", type=NATURAL, metavar="STEP", help="Step of the checkpoint.  [default: the newest]")
 @click.option("--batch", metavar="FILE", help="Prompts, one a line as JSON; with --out.")
 @click.option("--out", metavar="FILE", help="Where their continuations go, one a line; what it has is not done again.")
-@click.option("--max-rows", type=POSITIVE, default=8, show_default=True, help="Prompts computed at once, with --batch.")
+@click.option(
+    "--max-rows",
+    type=POSITIVE,
+    default=EngineConfig.max_rows,
+    show_default=True,
+    help="Prompts computed at once, with --batch.",
+)
 def generate(
     source: str,
     prompt: str | None,
@@ -65,7 +71,6 @@ def generate(
         raise ConfigError(f"--checkpoint={checkpoint}: {folder} is no run folder, and has one set of weights")
     options = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
     if batch is not None:
-        from dsjax.config import EngineConfig
         from dsjax.hub.load import load as load_model
         from dsjax.infer.batch import run_batch
 

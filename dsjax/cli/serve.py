@@ -7,7 +7,7 @@ import click
 from dsjax import __version__
 from dsjax.cli.find import find_model
 from dsjax.cli.output import note
-from dsjax.cli.verb import NATURAL, POSITIVE, Number, Verb
+from dsjax.cli.verb import NATURAL, Number, Verb, fields_of
 from dsjax.config import DTYPES, ConfigError, EngineConfig, MeshConfig, ServerConfig, nearest, show
 
 PORT = Number(int, "a port from 0 to 65535 (0 = any free one)", lambda n: 0 <= n < 65536)
@@ -30,16 +30,8 @@ Examples:
 @click.option("--name", metavar="NAME", help="What clients call the model.  [default: the folder's name]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights.  [default: the run's; bfloat16 from the Hub]")
 @click.option("--mesh", metavar="AXIS=N,...", help="Devices: data, expert, tensor.  [default: one device]")
-@click.option("--max-rows", type=POSITIVE, default=8, show_default=True, help="Requests computed at once.")
-@click.option("--max-model-len", type=POSITIVE, help="Tokens of prompt and text.  [default: the model's]")
-@click.option("--cache-tokens", type=POSITIVE, help="Tokens in the cache.  [default: --max-rows whole texts]")
-@click.option("--prefill-chunk", type=POSITIVE, default=128, show_default=True, help="Prompt tokens read at once.")
-@click.option("--n-draft", type=NATURAL, default=1, show_default=True, help="Tokens drafted a step; 0 = none.")
-@click.option("--redundant-experts", type=NATURAL, default=0, show_default=True, help="Second places for busy experts.")
-@click.option("--rebalance-steps", type=POSITIVE, default=1000, show_default=True, help="Steps between new places.")
-@click.option("--one-shape", is_flag=True, help="No bit of a text depends on the load; slower.")
-@click.option("--max-waiting", type=NATURAL, default=256, show_default=True, help="Requests that may wait.")
-@click.option("--timeout-s", type=POSITIVE, default=600, show_default=True, help="Seconds a request may take.")
+@fields_of(EngineConfig)
+@fields_of(ServerConfig, "api_key")
 @click.option("--checkpoint", type=NATURAL, metavar="STEP", help="Step of the checkpoint.  [default: the newest]")
 def serve(source: str, host: str, port: int, api_key: str | None, name: str | None, **options: Any):
     """Serve MODEL, a run folder, a Hub checkpoint's folder or a Hub name, until Ctrl-C or SIGTERM.
@@ -47,8 +39,10 @@ def serve(source: str, host: str, port: int, api_key: str | None, name: str | No
     Compiles its programs first, and says when it is ready. SIGTERM lets the requests that run end.
     """
     sizes = mesh_sizes(options["mesh"])
-    engine = EngineConfig(**{f: options[f] for f in EngineConfig.__dataclass_fields__ if options.get(f) is not None})
-    server = ServerConfig(api_key=api_key, max_waiting=options["max_waiting"], timeout_s=options["timeout_s"])
+    options["api_key"] = api_key
+    engine, server = (
+        kind(**{name: options[name] for name in kind.__dataclass_fields__}) for kind in (EngineConfig, ServerConfig)
+    )
     folder = find_model(source)
     try:
         from dsjax.infer.server.run import run

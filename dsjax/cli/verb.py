@@ -1,9 +1,12 @@
 """How a command reads its arguments and answers mistakes: one line on stderr and exit code 2."""
 
 import errno
+import math
+import operator
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,6 +45,38 @@ TEMPERATURE = Number(float, "a number at least 0 (0 = the likeliest token)", lam
 PRICE = Number(float, "a price greater than 0", lambda p: 0 < p < float("inf"))
 TOKENS = Number(human_number, "a number of tokens, as in 14.8T or 300B", lambda n: 0 < n < float("inf"))
 PROBABILITY = Number(float, "a number greater than 0 and at most 1", lambda p: 0 < p <= 1)
+
+
+_BOUNDS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+
+
+def fields_of(kind: type, *without: str) -> Callable:
+    """Options for the fields of a configuration, with its defaults, ranges and descriptions."""
+
+    def decorate(command):
+        for name in reversed([name for name in kind.__dataclass_fields__ if name not in without]):
+            field, hint = kind.__pydantic_fields__[name], typing.get_type_hints(kind)[name]
+            words = f"{field.description[0].upper()}{field.description[1:]}."
+            if hint is bool:
+                more = {"is_flag": True}
+            else:
+                more = {"type": _number_of(kind, name), "show_default": field.default is not None}
+            command = click.option(_option(name), name, default=field.default, help=words, **more)(command)
+        return command
+
+    return decorate
+
+
+def _number_of(kind: type, name: str) -> Number:
+    bounds = [(compare, getattr(bound, key)) for bound in kind.__pydantic_fields__[name].metadata
+              for key, compare in _BOUNDS.items() if hasattr(bound, key)]  # fmt: skip
+    words = expected(name, kind).removesuffix(", or none")
+    whole = words.startswith("a whole")
+    return Number(
+        int if whole else float,
+        words,
+        lambda n: (whole or math.isfinite(n)) and all(compare(n, limit) for compare, limit in bounds),
+    )
 
 
 class Verb(click.Command):

@@ -70,7 +70,7 @@ class Tokenizer:
         self.kind = "bytes" if vocabulary == _bytes_vocabulary() else type(backend.model).__name__.lower()
 
     def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
+        return self.encode_batch([_unicode(text)])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if self.kind == "bytes":  # the same ids, 20 times as fast
@@ -79,7 +79,7 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """The ids of a text in which control tokens count, as of a rendered chat template; nothing is added."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.backend.encode(_unicode(text), add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, ids above the vocabulary nothing."""
@@ -238,6 +238,15 @@ def _read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected an object, got a {type(values).__name__}")
     return values
+
+
+def _unicode(text: str) -> str:
+    """The text, if all of it are characters: JSON can spell half of one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"text: {text[error.start]!a} is half a character; expected Unicode") from None
+    return text
 
 
 def _without_controls(backend: Backend) -> Backend:

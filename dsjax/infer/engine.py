@@ -78,8 +78,7 @@ class Engine:
 
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self._new: deque[Request] = deque()
-        self._cancelled: deque[int] = deque()
+        self._came: deque[Request | int] = deque()  # requests, and the ids of those to end
         self.counts: Counter[str] = Counter()
         self.accepted_at = np.zeros(max(1, self.n_draft), np.int64)
         self.drafted_at = np.zeros(max(1, self.n_draft), np.int64)
@@ -95,11 +94,9 @@ class Engine:
 
     def reset(self, reason: str) -> None:
         """Ends all requests, and starts again on an empty cache: after a step that failed, its pages are gone."""
-        for request in (*self.running, *self.waiting, *self._new):
-            if request not in self.running and request not in self.waiting:
-                self.waiting.append(request)
+        self._take()
+        for request in (*self.running, *self.waiting):
             self._end(request, reason)
-        self._new.clear()
         self._empty()
 
     # Experts
@@ -164,15 +161,15 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Takes a request from any thread. Raises ConfigError for one that cannot be done."""
         request.check(self.cfg.vocab_size, self.longest)
-        self._new.append(request)
+        self._came.append(request)
 
     def cancel(self, id: int) -> None:
         """Ends a request, from any thread, before the next step."""
-        self._cancelled.append(id)
+        self._came.append(id)
 
     @property
     def busy(self) -> bool:
-        return bool(self._new or self.waiting or self.running)
+        return bool(self._came or self.waiting or self.running)
 
     def warm(self, *, progress: bool = False) -> None:
         """Compiles every program of this engine, and times steps with drafts and without."""
@@ -213,15 +210,7 @@ class Engine:
 
     def step(self) -> None:
         """Takes what came, admits what has room, reads a chunk of prompts, and takes all rows a step further."""
-        while self._new:
-            request = self._new.popleft()
-            request.tokens = list(request.prompt)
-            request.chunks = chunk_names(request.prompt, self.options.prefill_chunk)
-            self.waiting.append(request)
-        while self._cancelled:
-            id = self._cancelled.popleft()
-            for request in [r for r in (*self.waiting, *self.running) if r.id == id]:
-                self._end(request, "cancelled")
+        self._take()
         self._admit()
         read = 0
         while read < self.options.prefill_chunk and (n := self._prefill()):  # short prompts do not wait for steps
@@ -229,6 +218,18 @@ class Engine:
         self._decode()
         if self.placement is not None and self.counts["steps"] - self._placed_at >= self.options.rebalance_steps:
             self.rebalance()
+
+    def _take(self) -> None:
+        """What came since the last step."""
+        while self._came:
+            item = self._came.popleft()
+            if isinstance(item, int):
+                for request in [r for r in (*self.waiting, *self.running) if r.id == item]:
+                    self._end(request, "cancelled")
+                continue
+            item.tokens = list(item.prompt)
+            item.chunks = chunk_names(item.prompt, self.options.prefill_chunk)
+            self.waiting.append(item)
 
     def _end(self, request: Request, reason: str) -> None:
         if request in self.running:
@@ -238,7 +239,9 @@ class Engine:
         self.pools[request.shard].give_back(request.pages)
         request.pages, request.kept = [], None
         self.counts[f"ended_{reason.split(':')[0]}"] += 1
-        request.done(reason)
+        done = request.done
+        request.tell = request.done = _nothing  # both know the request: a cycle, which is seldom looked for
+        done(reason)
 
     # Room
 
@@ -390,7 +393,7 @@ class Engine:
             self.counts["cached_tokens"] += request.n_cached
             request.drafts = out.drafts[i].tolist()
             at = n - 1 if out.logprobs.chosen.shape[1] > 1 else 0
-            experts = out.indices[:, i, n - 1]
+            experts = out.indices[:, i, n - 1].copy()  # a view would keep all of the step's
             self._emit(request, [self._sampled(out, i, at, int(out.tokens[i, 0]), request.logprobs, experts)])
 
     def _decode(self) -> None:
@@ -439,7 +442,7 @@ class Engine:
             request.drafts = out.drafts[i].tolist() if k else []
             said = []
             for j in range(accepted + 1):
-                experts = out.indices[:, i, j]
+                experts = out.indices[:, i, j].copy()
                 one = self._sampled(out, i, j, int(out.tokens[i, j]), request.logprobs, experts, j < accepted)
                 said.append(one)
             self._emit(request, said)
@@ -565,6 +568,10 @@ class _Pace:
         if tokens:
             share = min(0.5, 0.02 * len(tokens))
             self.tokens += share * (sum(tokens) / len(tokens) - self.tokens)
+
+
+def _nothing(_) -> None:
+    pass
 
 
 def _placed(by_shard: list[list[Request]], b: int) -> list[tuple[int, Request]]:

@@ -23,11 +23,12 @@ class Pool:
         self._known: dict[bytes, tuple[int, ...]] = {}  # chunk -> its pages
         self._chunk_of: dict[int, bytes] = {}  # page -> the known chunk that it is part of
         self._idle: OrderedDict[bytes, None] = OrderedDict()  # chunks held by none, the longest unused first
+        self.n_idle = 0  # their pages
 
     @property
     def n_free(self) -> int:
         """Pages that can be had, idle ones among them."""
-        return len(self._free) + sum(len(self._known[chunk]) for chunk in self._idle)
+        return len(self._free) + self.n_idle
 
     @property
     def n_held(self) -> int:
@@ -50,7 +51,8 @@ class Pool:
         for chunk in chunks:
             if chunk not in self._known:
                 break
-            self._idle.pop(chunk, None)
+            if chunk in self._idle:
+                self._wake(chunk)
             for page in self._known[chunk]:
                 self._held[page] += 1
             pages += self._known[chunk]
@@ -73,9 +75,14 @@ class Pool:
                 self._free.append(page)
             elif not any(self._held[p] for p in self._known[chunk]):
                 self._idle[chunk] = None
+                self.n_idle += len(self._known[chunk])
+
+    def _wake(self, chunk: bytes) -> None:
+        del self._idle[chunk]
+        self.n_idle -= len(self._known[chunk])
 
     def _forget(self, chunk: bytes) -> None:
-        del self._idle[chunk]
+        self._wake(chunk)
         for page in self._known.pop(chunk):
             del self._chunk_of[page]
             self._free.append(page)

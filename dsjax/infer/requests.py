@@ -38,7 +38,7 @@ class Sampled:
     experts: np.ndarray | None = None  # [expert layers, K] int32 of the token before it
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt and how to continue it. `tell` is called, on the engine's thread, with each batch of new tokens; if it
     returns True, the request ends there. `done` is called once, with why it ended.
@@ -111,6 +111,9 @@ class Request:
                 f"max_tokens={self.max_tokens}: expected at most {max(0, longest - len(self.prompt))} after a prompt "
                 f"of {len(self.prompt)} tokens, as there is room for {longest}"
             )
+        for token in self.stop_ids:
+            if not 0 <= token < vocab_size:
+                raise ConfigError(f"stop_token_ids: {token}; expected 0 to {vocab_size - 1}")
         ranges = {
             "temperature": (0, 100), "top_p": (0, 1), "min_p": (0, 1), "presence_penalty": (-2, 2),
             "frequency_penalty": (-2, 2), "repetition_penalty": (0.01, 100), "top_k": (0, 1 << 31),

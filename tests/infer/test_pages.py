@@ -39,7 +39,7 @@ def test_requests_that_come_and_go_lose_no_page_and_share_only_what_is_theirs(ac
         for prompt, pages in held:  # nobody else wrote there
             assert [written[page] for page in pages] == [tuple(prompt[: 2 * (n + 1)]) for n in range(len(pages))]
         assert pool.n_held == len({page for _, pages in held for page in pages})
-        assert pool.n_held + pool.n_free == N_PAGES - 1
+        assert pool.n_held + pool.n_free == N_PAGES - 1 and 0 <= pool.n_idle <= pool.n_free
     for _, pages in held:
         pool.give_back(pages)
     assert pool.n_free == N_PAGES - 1 and pool.n_held == 0

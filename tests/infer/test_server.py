@@ -1,7 +1,11 @@
 """The server, over HTTP: what OpenAI's own client and plain requests get of it."""
 
 import asyncio
+import contextlib
+import gc
 import json
+import signal
+import socket
 import threading
 import time
 
@@ -11,49 +15,69 @@ import models
 import numpy as np
 import openai
 import pytest
-import uvicorn
 
-from dsjax.config import Config, EngineConfig, ServerConfig
+from dsjax.config import Config, EngineConfig, ServerConfig, replace
 from dsjax.data.tokenizer import bytes_tokenizer
 from dsjax.hub.load import Loaded
 from dsjax.infer.engine import Engine
-from dsjax.infer.server.app import create_app
+from dsjax.infer.requests import Request, Sampled
+from dsjax.infer.server import app
 from dsjax.infer.server.driver import Driver
+from dsjax.infer.server.run import Server
 from dsjax.infer.server.service import Service
+from dsjax.infer.text import Text
 from sharding.mesh import make_mesh
 
 CFG = models.v3(num_hidden_layers=2, max_position_embeddings=256, vocab_size=264)
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 TOKENIZER = bytes_tokenizer()
+KEY = {"authorization": "Bearer key"}
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
+def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     TOKENIZER.save(folder / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     mesh = make_mesh(jax.devices()[:1])
     with jax.set_mesh(mesh):
         model, bias = models.draw(CFG)
-        loaded = Loaded(model, bias, mesh, Config(model=CFG, seq_len=64, compute=models.COMPUTE), folder)
+    return Loaded(model, bias, mesh, Config(model=CFG, seq_len=64, compute=models.COMPUTE), folder)
+
+
+def make_service(loaded):
+    with jax.set_mesh(loaded.mesh):
         engine = Engine(loaded, EngineConfig(max_rows=4, page_size=8, prefill_chunk=16))
-    return Service(loaded, Driver(engine, max_waiting=6), ServerConfig(api_key="key", max_body_mib=0.1), "it")
+    config = ServerConfig(api_key="key", max_waiting=6, max_body_mib=0.1, body_timeout_s=1)
+    return Service(loaded, Driver(engine, config.max_waiting), config, "it")
 
 
-@pytest.fixture(scope="module")
-def url(service):
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
+@contextlib.contextmanager
+def running(service):
+    """The server and its thread, and where it listens."""
+    server = Server(service, port=0)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    yield server, thread, server.url
     server.should_exit = True
     thread.join(30)
     assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def service(loaded):
+    return make_service(loaded)
+
+
+@pytest.fixture(scope="module")
+def url(service):
+    with running(service) as (_, _, url):
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +88,7 @@ def client(url):
 @pytest.fixture
 def post(url):
     def send(path, body, **headers):
-        headers = {"authorization": "Bearer key"} | headers
+        headers = KEY | headers
         content = body if isinstance(body, bytes | str) else json.dumps(body)
         return httpx.post(
             url + path, content=content, headers={"content-type": "application/json"} | headers, timeout=60
@@ -181,11 +205,12 @@ def test_tokens_and_back(post, url, client):
     rendered = post("/tokenize", {"messages": [{"role": "user", "content": "a"}]}).json()["tokens"]
     assert TOKENIZER.decode(rendered) == "user: a\nassistant: "
     assert [m.id for m in client.models.list()] == ["it"]
-    info = httpx.get(f"{url}/tokenizer_info", headers={"authorization": "Bearer key"}).json()
+    info = httpx.get(f"{url}/tokenizer_info", headers=KEY).json()
     assert info["chat_template"] == TEMPLATE
     assert httpx.get(f"{url}/health").status_code == httpx.get(f"{url}/ready").status_code == 200
 
 
+NESTED = "[" * 700 + "]" * 700
 BAD = [
     ("/v1/completions", {"prompt": "x", "max_tokens": -1}, 400, "max_tokens"),
     ("/v1/completions", {"prompt": "x", "temperature": 3}, 400, "temperature"),
@@ -198,6 +223,17 @@ BAD = [
     ("/v1/completions", {"prompt": "x", "logit_bias": {"999": 1}}, 400, "logit_bias"),
     ("/v1/completions", "{", 400, "JSON"),
     ("/v1/completions", b"x" * 200_000, 413, "larger"),
+    ("/v1/completions", b'{"prompt": "\xff"}', 400, "parsing"),
+    ("/v1/completions", '{"prompt": "x", "temperature": NaN}', 400, "temperature"),
+    ("/v1/completions", '{"prompt": "x", "max_tokens": 1e400}', 400, "max_tokens"),
+    ("/v1/completions", '{"prompt": "x", "seed": ' + "9" * 5000 + "}", 400, "parsing"),
+    ("/v1/completions", '{"prompt": "\\ud800"}', 400, "Unicode"),
+    ("/v1/completions", '{"prompt": "x", "model": "\\ud800"}', 404, "model"),
+    ("/v1/completions", "[" * 50_000, 400, "parsing"),
+    ("/v1/completions", {"prompt": "x", "stop_token_ids": [999], "min_tokens": 2}, 400, "stop_token_ids"),
+    ("/v1/completions", {"prompt": "x", "n": 20}, 400, "at most 10"),
+    ("/v1/chat/completions", '{"messages": [{"role": ' + NESTED + "}]}", 400, "role"),
+    ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "Unicode"),
     ("/v1/chat/completions", {"messages": []}, 400, "messages"),
     ("/v1/chat/completions", {"messages": [{"content": "x"}]}, 400, "role"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text"),
@@ -217,6 +253,15 @@ def test_what_is_wrong_gets_openais_envelope(post, path, body, status, word):
     assert set(error) == {"message", "type", "param", "code"}
 
 
+def test_a_nested_body_is_an_error_or_left_alone_at_any_depth(post):
+    for depth in range(800, 1000, 10):
+        nested = "[" * depth + "]" * depth
+        answer = post("/v1/chat/completions", f'{{"messages": [{{"role": {nested}}}]}}')
+        assert answer.status_code == 400 and answer.json()["error"]["code"] == 400
+        chat = f'{{"messages": [{{"role": "user", "content": "x"}}], "max_tokens": 1, "tools": [{{"a": {nested}}}]}}'
+        assert post("/v1/chat/completions", chat).status_code in (200, 400)
+
+
 def test_a_wrong_key_is_refused_and_unknown_fields_are_taken(post):
     assert post("/v1/completions", {"prompt": "x"}, authorization="Bearer nokey").status_code == 401
     assert post("/v1/completions", {"prompt": "x"}, authorization="").status_code == 401
@@ -225,9 +270,8 @@ def test_a_wrong_key_is_refused_and_unknown_fields_are_taken(post):
 
 def test_who_goes_away_is_forgotten_and_a_full_queue_says_so(url, service):
     async def go():
-        headers = {"authorization": "Bearer key"}
         body = {"prompt": "x", "max_tokens": 200, "stream": True, "ignore_eos": True}
-        async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as http:
+        async with httpx.AsyncClient(base_url=url, headers=KEY, timeout=60) as http:
 
             async def begin(stream=True):
                 async with http.stream("POST", "/v1/completions", json=body | {"stream": stream}) as answer:
@@ -250,6 +294,218 @@ def test_who_goes_away_is_forgotten_and_a_full_queue_says_so(url, service):
     assert not service.driver.engine.busy and service.driver.n_open == 0
     assert all(pool.n_held == 0 for pool in service.driver.engine.pools)
     assert service.driver.engine.counts["ended_cancelled"] > 0
+
+
+@pytest.fixture
+def slow(service, monkeypatch):
+    """Steps take their time."""
+    slow_down(service, monkeypatch)
+
+
+def slow_down(service, monkeypatch):
+    step = service.driver.engine.step
+
+    def later():
+        time.sleep(0.02)
+        step()
+
+    monkeypatch.setattr(service.driver.engine, "step", later)
+
+
+LONG = {"prompt": "x", "max_tokens": 200, "ignore_eos": True}
+CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "ignore_eos": True}
+
+
+def until(true, seconds=20):
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+    return true()
+
+
+@contextlib.contextmanager
+def raw(url, start):
+    """A connection on which a request has begun."""
+    address = httpx.URL(url)
+    with socket.create_connection((address.host, address.port), timeout=30) as s:
+        s.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: it\r\nAuthorization: Bearer key\r\n" + start)
+        yield s
+
+
+def last_words(s):
+    """All that still comes, up to the end of the connection."""
+    said = b""
+    with contextlib.suppress(ConnectionError):
+        while piece := s.recv(65536):
+            said += piece
+    return said
+
+
+def test_a_body_without_end_is_refused_at_the_limit(url):
+    sent = 0
+    with raw(url, b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n") as s:
+        with contextlib.suppress(ConnectionError):
+            while sent < 100e6:
+                sent += s.send(b"10000\r\n" + b" " * 0x10000 + b"\r\n")
+        said = last_words(s)
+    assert sent < 50e6 and (b" 413 " in said or not said)  # what is not read yet may take the answer with it
+    with raw(url, b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n") as s:
+        s.sendall(b"1a000\r\n" + b" " * 0x1A000 + b"\r\n")
+        said = last_words(s)
+    assert b" 413 " in said and b"larger than" in said
+
+
+@pytest.mark.parametrize("often", [False, True])
+def test_a_body_that_does_not_come_is_not_waited_for(url, often):
+    with raw(url, b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{") as s:
+        begin = time.monotonic()
+        while often and time.monotonic() < begin + 1.5:
+            with contextlib.suppress(ConnectionError):
+                s.send(b" ")
+            time.sleep(0.05)
+        said = last_words(s)
+    assert time.monotonic() - begin < 5
+    assert often or (b" 408 " in said and b'"error"' in said)
+
+
+def test_who_finds_no_room_is_told_when_to_come_again(url, service, slow):
+    with httpx.Client(base_url=url, headers=KEY, timeout=60) as http:
+        with http.stream("POST", "/v1/completions", json=LONG | {"n": 9, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for path, body in (("/v1/completions", LONG), ("/v1/chat/completions", CHAT)):
+                for stream in (False, True):
+                    refused = http.post(path, json=body | {"n": 2, "stream": stream})
+                    assert refused.status_code == 429 and int(refused.headers["retry-after"]) > 0
+                    assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert http.post("/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200  # one place is left
+        assert until(lambda: service.driver.n_open == 0)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", LONG), ("/v1/chat/completions", CHAT)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_goes_away_while_waiting_leaves_its_place(url, service, slow, path, body, stream):
+    with httpx.Client(base_url=url, headers=KEY, timeout=60) as http:
+        with http.stream("POST", "/v1/completions", json=LONG | {"n": 4, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            with pytest.raises(httpx.ReadTimeout), http.stream(
+                "POST", path, json=body | {"stream": stream}, timeout=httpx.Timeout(60, read=0.2)
+            ) as waits:  # fmt: skip
+                waits.read()
+            assert until(lambda: service.driver.n_open == 4, 2)
+            assert until(lambda: len(service.driver.engine.waiting) == 0, 2)
+            assert len(service.driver.engine.running) == 4
+        assert until(lambda: service.driver.n_open == 0)
+
+
+def test_what_takes_too_long_is_ended_and_told(url, service, slow, monkeypatch):
+    monkeypatch.setattr(service, "config", replace(service.config, timeout_s=0.4))
+    with httpx.Client(base_url=url, headers=KEY, timeout=60) as http:
+        for path, body in (("/v1/completions", LONG), ("/v1/chat/completions", CHAT)):
+            whole = http.post(path, json=body)
+            assert whole.status_code == 504 and "not done in 0.4 s" in whole.json()["error"]["message"]
+            stream = http.post(path, json=body | {"stream": True})
+            assert stream.status_code == 200
+            last = json.loads(stream.text.strip().split("\n\n")[-1].removeprefix("data: "))
+            assert last["error"]["code"] == 504 and "not done in 0.4 s" in last["error"]["message"]
+    assert until(lambda: not service.driver.engine.busy and service.driver.n_open == 0)
+    monkeypatch.setattr(service.driver.engine, "rows_a_shard", 0)  # nobody gets a row
+    assert httpx.post(f"{url}/v1/completions", headers=KEY, json=LONG | {"stream": True}).status_code == 504
+    assert until(lambda: not service.driver.engine.busy and service.driver.n_open == 0)
+
+
+def test_who_does_not_read_its_stream_is_cut_off(post, service, monkeypatch):
+    assert post("/v1/completions", LONG).status_code == 200  # all is compiled
+    monkeypatch.setattr(service, "config", replace(service.config, timeout_s=1))
+    monkeypatch.setattr(app, "_GRACE_S", 0.2)
+    body = json.dumps(LONG | {"stream": True}).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"authorization", b"Bearer key")],
+    }
+
+    async def go():
+        came, for_ever = [{"type": "http.request", "body": body}], asyncio.Event()
+
+        async def receive():
+            return came.pop() if came else await for_ever.wait()
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await for_ever.wait()
+
+        await asyncio.wait_for(app.create_app(service)(scope, receive, send), 10)
+        while service.driver.engine.busy or service.driver.n_open:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(go(), 20))
+
+
+def test_a_server_that_ends_says_so_first_and_lets_requests_end(loaded, monkeypatch):
+    service = make_service(loaded)
+    slow_down(service, monkeypatch)
+    with running(service) as (server, thread, url), httpx.Client(base_url=url, headers=KEY, timeout=60) as http:
+        idle, silent = httpx.Client(base_url=url), socket.create_connection(httpx.URL(url).netloc.decode().split(":"))
+        assert idle.get("/ready").status_code == 200
+        with http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            server.handle_exit(signal.SIGTERM, None)
+            assert until(lambda: httpx.get(f"{url}/ready").status_code == 503, 2)
+            assert idle.get("/ready").status_code == 503 and idle.get("/health").status_code == 200
+            refused = httpx.post(f"{url}/v1/completions", headers=KEY, json=LONG)
+            assert refused.status_code == 503 and "ending" in refused.json()["error"]["message"]
+            assert list(lines)[-2] == "data: [DONE]"
+        begin = time.monotonic()
+        thread.join(20)
+        assert not thread.is_alive() and time.monotonic() - begin < 3  # the idle connections do not hold it
+        idle.close()
+        silent.close()
+
+
+def test_nothing_of_a_request_is_kept_when_it_has_ended(post, url, service):
+    def kept():
+        return [type(o).__name__ for o in gc.get_objects() if type(o) in (Request, Text, Sampled)]
+
+    def ask():
+        for path, body in (("/v1/completions", LONG), ("/v1/chat/completions", CHAT)):
+            for stream in (False, True):
+                assert post(path, body | {"max_tokens": 5, "stream": stream}).status_code == 200
+                with contextlib.suppress(httpx.ReadTimeout):
+                    httpx.post(url + path, json=body | {"n": 4, "stream": stream}, headers=KEY, timeout=0.1)
+
+    ask()
+    assert until(lambda: not service.driver.engine.busy and service.driver.n_open == 0)
+    gc.collect()
+    gc.disable()  # what is freed is freed at once: a large heap is seldom searched for cycles
+    try:
+        ask()
+        assert until(lambda: not service.driver.engine.busy and service.driver.n_open == 0)
+        assert until(lambda: not kept(), 2), kept()
+    finally:
+        gc.enable()
+
+
+def test_a_request_that_comes_and_goes_between_two_steps_is_gone(loaded):
+    engine, ended = make_service(loaded).driver.engine, []
+    second = Request([1], max_tokens=3, done=ended.append)
+
+    def come_and_go(reason):
+        engine.submit(second)
+        engine.cancel(second.id)
+
+    first = Request([1], max_tokens=3, done=come_and_go)
+    engine.submit(first)
+    engine.cancel(first.id)
+    with jax.set_mesh(engine.mesh):
+        engine.run()
+    assert ended == ["cancelled"]
 
 
 def test_a_step_that_fails_ends_its_requests_and_the_next_ones_are_well(post, service, monkeypatch):

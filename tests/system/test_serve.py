@@ -1,7 +1,9 @@
 """`dsjax serve` and `dsjax generate --batch` through the real command line."""
 
+import asyncio
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -34,8 +36,9 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def served(trained):
-    command = [*MAIN, "serve", str(trained), "--port=0", "--max-rows=2", "--prefill-chunk=32", "--name=it"]
+def served(trained, request):
+    options = getattr(request, "param", ["--max-rows=2", "--prefill-chunk=32", "--name=it"])
+    command = [*MAIN, "serve", str(trained), "--port=0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "DSJAX_API_KEY": "key"})
     said = []
     reader = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
@@ -72,6 +75,79 @@ def test_a_run_is_served_until_sigterm_which_lets_requests_end(served):
     assert process.wait(60) == 0
 
 
+CROWDED = ["--max-rows=4", "--prefill-chunk=32", "--page-size=8", "--cache-tokens=200", "--one-shape"]
+
+
+@pytest.mark.parametrize("served", [CROWDED], indirect=True)
+def test_who_leaves_takes_nothing_along_and_who_stays_gets_what_it_would_get_alone(served):
+    _, url, said = served
+    draw = random.Random(0)
+    asked = [
+        {
+            "prompt": "".join(draw.choices("def return(x)", k=draw.choice([3, 20, 40]))),
+            "max_tokens": draw.choice([5, 20, 40]),
+            "temperature": draw.choice([0, 0.7]),
+            "seed": draw.randrange(100),
+            "n": draw.choice([1, 1, 2]),
+            "ignore_eos": True,
+        }
+        for _ in range(12)
+    ]
+
+    async def ask(http, body, leaves=False):
+        """The texts, or None for one that leaves."""
+        texts, pieces = [""] * body["n"], draw.choice([0, 0, 1, 9])
+        try:
+            async with http.stream(
+                "POST",
+                "/v1/completions",
+                json=body | {"stream": True},
+                timeout=httpx.Timeout(60, read=draw.uniform(0.001, 0.2)) if leaves and not pieces else 60,
+            ) as answer:
+                assert answer.status_code == 200
+                async for line in answer.aiter_lines():
+                    if line.startswith("data: {"):
+                        choice = json.loads(line[6:])["choices"][0]
+                        texts[choice["index"]] += choice["text"]
+                        pieces -= 1
+                        if leaves and pieces == 0:
+                            return None
+        except httpx.ReadTimeout:
+            return None
+        return texts
+
+    async def client(http, alone):
+        for _ in range(6):
+            n, leaves = draw.randrange(len(asked)), draw.random() < 1 / 3
+            got = await ask(http, asked[n], leaves)
+            assert got == alone[n] or (leaves and got is None)
+
+    async def go():
+        async with httpx.AsyncClient(
+            base_url=url, headers={"authorization": "Bearer key"}, limits=httpx.Limits(max_connections=None)
+        ) as http:
+            alone = [await ask(http, body) for body in asked]
+            pages = numbers((await http.get("/metrics")).text)
+            await asyncio.gather(*(client(http, alone) for _ in range(16)))
+            end = time.monotonic() + 20
+            while True:
+                found = numbers((await http.get("/metrics")).text)
+                if not found["requests_running"] + found["requests_waiting"] or time.monotonic() > end:
+                    return pages, found
+
+    before, after = asyncio.run(go())
+    assert after["requests_running"] == after["requests_waiting"] == after["failed_steps_total"] == 0
+    states = [f'cache_pages{{state="{name}"}}' for name in ("held", "idle", "free")]
+    assert after[states[0]] == 0 and sum(after[s] for s in states) == sum(before[s] for s in states) == 25
+    assert after["preemptions_total"] > 0 and after['requests_ended_total{reason="cancelled"}'] > 0
+    assert len(said) == 1, said  # no error was printed
+
+
+def numbers(metrics: str) -> dict[str, float]:
+    pairs = (line.removeprefix("dsjax_").rpartition(" ") for line in metrics.splitlines() if line[0] != "#")
+    return {name: float(value) for name, _, value in pairs}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -80,7 +156,8 @@ def test_a_run_is_served_until_sigterm_which_lets_requests_end(served):
         (["--mesh=expert=0"], "--mesh=expert=0: expected expert=N with a whole number greater than 0"),
         (["--mesh=expert=64"], "--mesh=expert=64: needs 64 devices"),
         (["--prefill-chunk=50"], "prefill_chunk=50: expected a multiple of page_size=32"),
-        (["--n-draft=9"], "n_draft"),
+        (["--n-draft=9"], "--n-draft=9: expected a whole number at least 0 and at most 8"),
+        (["--timeout-s=nan"], "--timeout-s=nan: expected a number greater than 0"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )

@@ -24,6 +24,7 @@ from dsjax.infer.server.protocol import ChatRequest, CompletionRequest, Detokeni
 from dsjax.infer.server.service import Failed, Service
 
 _RETRY_AFTER_S = 5
+_GRACE_S = 5  # beyond a request's time, for its end to be read
 _PAGE = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -34,32 +35,35 @@ _PAGE_HEADERS = {
 
 
 class Limits:
-    """ASGI middleware: a body no larger than may be."""
+    """ASGI middleware: a body is read here, no more of it and no longer than may be."""
 
-    def __init__(self, app, most: int):
-        self.app, self.most = app, most
+    def __init__(self, app, most: int, seconds: float):
+        self.app, self.most, self.seconds = app, most, seconds
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.most:
-            return await self._refuse(scope, receive, send)
-        seen, refused = 0, False
+        body, message = bytearray(), {"more_body": not declared.isdigit() or int(declared) <= self.most}
+        large = not message["more_body"]
+        try:
+            async with asyncio.timeout(self.seconds):
+                while message.get("more_body") and not large:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    large = len(body) > self.most
+        except TimeoutError:
+            return await _last(408, f"the body did not come in {self.seconds:g} s")(scope, receive, send)
+        if large:
+            return await _last(413, f"the body is larger than {self.most:,} bytes")(scope, receive, send)
+        whole = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-        async def counted():
-            nonlocal seen, refused
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.most:
-                refused = True
-                raise HTTPException(413, f"the body is larger than {self.most:,} bytes")
-            return message
+        async def replay():
+            return whole.pop() if whole else await receive()
 
-        await self.app(scope, counted, send)
-
-    async def _refuse(self, scope, receive, send):
-        await _error(413, f"the body is larger than {self.most:,} bytes")(scope, receive, send)
+        await self.app(scope, replay, send)
 
 
 def create_app(service: Service, version: str = "") -> FastAPI:
@@ -73,7 +77,8 @@ def create_app(service: Service, version: str = "") -> FastAPI:
         await asyncio.to_thread(service.driver.close)
 
     app = FastAPI(title="dsjax", version=version or "0", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Limits, most=int(service.config.max_body_mib * (1 << 20)))
+    most, seconds = int(service.config.max_body_mib * (1 << 20)), service.config.body_timeout_s
+    app.add_middleware(Limits, most=most, seconds=seconds)
     _errors(app)
 
     async def allowed(request: Request) -> None:
@@ -181,13 +186,14 @@ def _model(service: Service) -> dict[str, Any]:
 async def _answer(service: Service, request: Request, body, whole: Callable, stream: Callable):
     """The whole answer, or its pieces as server-sent events. Who goes away, or takes too long, ends the request."""
     service.driver.check()
+    seconds = service.config.timeout_s
     if not body.stream:
-        return JSONResponse(await _while_connected(request, whole(service, body), service.config.timeout_s))
-    pieces = stream(service, body)
-    first = await anext(pieces)  # what is wrong with a request shows before the status is sent
+        return JSONResponse(await _while_connected(request, whole(service, body), seconds))
+    end = time.monotonic() + seconds
+    pieces = stream(service, body)  # what is wrong with a request shows before the status is sent
+    first = await _while_connected(request, anext(pieces), seconds)
 
     async def events() -> AsyncIterator[str]:
-        end = time.monotonic() + service.config.timeout_s
         async with contextlib.aclosing(pieces):
             try:
                 yield _event(first)
@@ -198,11 +204,24 @@ async def _answer(service: Service, request: Request, body, whole: Callable, str
             except StopAsyncIteration:
                 yield "data: [DONE]\n\n"
             except TimeoutError:
-                yield _event(_envelope(504, f"not done in {service.config.timeout_s:g} s"))
+                yield _event(_envelope(504, f"not done in {seconds:g} s"))
             except Failed as error:
                 yield _event(_envelope(500, str(error)))
 
-    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    return _Stream(events(), end + _GRACE_S)
+
+
+class _Stream(StreamingResponse):
+    """Events to a client that reads them before the time is over; then the connection is cut."""
+
+    def __init__(self, events: AsyncIterator[str], end: float):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._end = end
+
+    async def __call__(self, scope, receive, send) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._end - time.monotonic()):
+                await super().__call__(scope, receive, send)
 
 
 def _event(value: Any) -> str:
@@ -243,6 +262,11 @@ def _error(status: int, message: str, param: str | None = None) -> JSONResponse:
     return JSONResponse(_envelope(status, message, param), status, headers=headers)
 
 
+def _last(status: int, message: str) -> JSONResponse:
+    """An error after which nothing more is read of the connection."""
+    return JSONResponse(_envelope(status, message), status, headers={"Connection": "close"})
+
+
 def _errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
@@ -265,6 +289,10 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(Closing)
     async def closing(request: Request, error: Closing):
         return _error(503, "the server is ending")
+
+    @app.exception_handler(RecursionError)
+    async def deep(request: Request, error: RecursionError):
+        return _error(400, "the body is nested too deep")
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception):

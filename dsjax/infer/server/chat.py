@@ -1,6 +1,5 @@
 """/v1/chat/completions: messages in the model's template; reasoning, content and tool calls on the way back."""
 
-import contextlib
 import re
 import time
 import uuid
@@ -113,7 +112,7 @@ def _names_one(choice) -> bool:
 async def whole(service: Service, body: ChatRequest) -> dict[str, Any]:
     """The answer. Raises ConfigError, Full, Closing, Failed."""
     choices = _choices(service, body)
-    async with contextlib.aclosing(follow_all(service, [(c.request, c.text) for c in choices])) as course:
+    async with follow_all(service, [(c.request, c.text) for c in choices]) as course:
         async for n, delta in course:
             _take(choices[n], delta)
     shown = choices
@@ -147,9 +146,11 @@ async def stream(service: Service, body: ChatRequest) -> AsyncIterator[dict[str,
             yield head | {"choices": [], "usage": result["usage"]}
         return
     choices, head = _choices(service, body), _head("chat.completion.chunk", service)
-    for n in range(len(choices)):
-        yield head | {"choices": [{"index": n, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
-    async with contextlib.aclosing(follow_all(service, [(c.request, c.text) for c in choices])) as course:
+    async with follow_all(service, [(c.request, c.text) for c in choices]) as course:
+        for n in range(len(choices)):
+            yield head | {
+                "choices": [{"index": n, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+            }
         async for n, delta in course:
             choice = choices[n]
             before = len(choice.answer.calls)
@@ -181,7 +182,8 @@ async def stream(service: Service, body: ChatRequest) -> AsyncIterator[dict[str,
 def _take(choice: _Choice, delta) -> Piece:
     thinking = choice.answer.thinking
     piece = choice.answer.push(delta.text)
-    choice.said += delta.said
+    if choice.request.logprobs is not None:
+        choice.said += delta.said
     choice.n_reasoning += len(delta.said) if thinking else 0
     if delta.reason is not None:
         choice.reason = delta.reason

@@ -1,6 +1,5 @@
 """/v1/completions: prompts as text or tokens, each continued n times."""
 
-import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -72,7 +71,7 @@ def _choices(service: Service, body: CompletionRequest) -> list[_Choice]:
 async def whole(service: Service, body: CompletionRequest) -> dict[str, Any]:
     """The answer. Raises ConfigError, Full, Closing, Failed."""
     choices = _choices(service, body)
-    async with contextlib.aclosing(follow_all(service, [(c.request, c.text) for c in choices])) as course:
+    async with follow_all(service, [(c.request, c.text) for c in choices]) as course:
         async for n, delta in course:
             _take(choices[n], delta, body)
     shown = [_shown(service, body, n, c, c.echo + c.written, c.said, first=True) for n, c in enumerate(choices)]
@@ -84,7 +83,7 @@ async def stream(service: Service, body: CompletionRequest) -> AsyncIterator[dic
     choices = _choices(service, body)
     head = _head(service, "text_completion")
     begun = set()
-    async with contextlib.aclosing(follow_all(service, [(c.request, c.text) for c in choices])) as course:
+    async with follow_all(service, [(c.request, c.text) for c in choices]) as course:
         async for n, delta in course:
             choice = choices[n]
             said, text = _take(choice, delta, body)
@@ -99,7 +98,8 @@ async def stream(service: Service, body: CompletionRequest) -> AsyncIterator[dic
 
 def _take(choice: _Choice, delta, body: CompletionRequest) -> tuple[list[Sampled], str]:
     said, text = ([], "") if body.max_tokens == 0 else (delta.said, delta.text)
-    choice.said += said
+    if body.logprobs is not None:
+        choice.said += said
     choice.written += text
     choice.reason = delta.reason and ("length" if body.max_tokens == 0 else delta.reason)
     return said, text

@@ -1,13 +1,15 @@
 """The engine on a thread of its own, and requests to it from an event loop."""
 
 import asyncio
+import contextlib
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import jax
 
+from dsjax.config import ConfigError
 from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request, Sampled
 
@@ -28,7 +30,7 @@ class Driver:
 
     def __init__(self, engine: Engine, max_waiting: int, stuck_s: float = 60.0):
         self.engine, self.max_waiting, self.stuck_s = engine, max_waiting, stuck_s
-        self.n_open = 0  # requests that were taken and have not ended
+        self.n_open = 0  # requests that there is room for, and that have not ended
         self.failures = 0
         self.last_step = time.monotonic()
         self._wake, self._stop, self._closing = threading.Event(), False, False
@@ -43,19 +45,31 @@ class Driver:
         stuck = self.engine.busy and time.monotonic() - self.last_step > self.stuck_s
         return self._thread.is_alive() and not self._closing and not stuck
 
-    def check(self) -> None:
-        """Raises Full or Closing if no request can be taken now."""
+    def check(self, n: int = 1) -> None:
+        """Raises Full or Closing if n requests cannot be taken now, and ConfigError if they never can."""
+        most = self.engine.options.max_rows + self.max_waiting
         if self._closing:
             raise Closing
-        if self.n_open >= self.engine.options.max_rows + self.max_waiting:
+        if n > most:
+            raise ConfigError(f"{n} samples at once: expected at most {most} on this server")
+        if self.n_open + n > most:
             raise Full
+
+    @contextlib.contextmanager
+    def room(self, n: int) -> Iterator[None]:
+        """Room for n requests, all or none. Raises what `check` raises."""
+        self.check(n)
+        self.n_open += n
+        try:
+            yield
+        finally:
+            self.n_open -= n
 
     async def generate(self, request: Request) -> AsyncIterator[list[Sampled] | str]:
         """New tokens as they come, and at last why the text ended. A caller that goes away cancels the request.
 
-        Raises Full and Closing at once, and ConfigError for a request that cannot be done.
+        Call it where there is room. Raises ConfigError for a request that cannot be done.
         """
-        self.check()
         loop, said = asyncio.get_running_loop(), asyncio.Queue()
         given = request.tell
 
@@ -67,7 +81,6 @@ class Driver:
         request.tell = tell
         request.done = lambda reason: loop.call_soon_threadsafe(said.put_nowait, reason)
         self.engine.submit(request)
-        self.n_open += 1
         self._wake.set()
         ended = False
         try:
@@ -76,16 +89,15 @@ class Driver:
                 ended = isinstance(item, str)
                 yield item
         finally:
-            self.n_open -= 1
             if not ended:
                 self.engine.cancel(request.id)
                 self._wake.set()
 
-    async def drain(self, seconds: float) -> None:
+    async def drain(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> None:
         """Takes no more requests, and returns when those that are there have ended, or the time is over."""
         self._closing = True
         end = time.monotonic() + seconds
-        while self.engine.busy and time.monotonic() < end:
+        while (self.n_open or self.engine.busy) and time.monotonic() < end and not hurry():
             await asyncio.sleep(0.05)
 
     def close(self) -> None:

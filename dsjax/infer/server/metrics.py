@@ -52,11 +52,19 @@ class Metrics:
         def counter(name, help, value):
             return CounterMetricFamily(f"dsjax_{name}", help, value=value)
 
+        running, waiting = len(engine.running), len(engine.waiting)
+        yield gauge("requests_running", "Requests on rows", running)
+        yield gauge("requests_waiting", "Requests without a row", max(waiting, self.driver.n_open - running))
         held = sum(pool.n_held for pool in engine.pools)
-        pages = sum(pool.n_pages - 1 for pool in engine.pools)
-        yield gauge("requests_running", "Requests on rows", len(engine.running))
-        yield gauge("requests_waiting", "Requests without a row", self.driver.n_open - len(engine.running))
-        yield gauge("cache_used_ratio", "Pages held by requests", held / pages)
+        total = sum(pool.n_pages - 1 for pool in engine.pools)
+        yield gauge("cache_used_ratio", "Pages held by requests", held / total)
+        idle, free = (sum(getattr(pool, name) for pool in engine.pools) for name in ("n_idle", "n_free"))
+        pages = GaugeMetricFamily(
+            "dsjax_cache_pages", "Of requests, kept for prompts to come, and neither", labels=["state"]
+        )
+        for state, n in {"held": held, "idle": idle, "free": free - idle}.items():
+            pages.add_metric([state], n)
+        yield pages
         for name, help in {
             "prompt_tokens": "Tokens of prompts that were read",
             "cached_tokens": "Of these, found in the cache",

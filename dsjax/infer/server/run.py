@@ -17,6 +17,8 @@ from dsjax.infer.server.driver import Driver
 from dsjax.infer.server.service import Service
 from sharding.mesh import make_mesh, show_axes
 
+_LAST_WORDS_S = 5  # for what is still to be sent when no request runs any more
+
 
 def run(
     folder: Path,
@@ -43,24 +45,45 @@ def run(
         it = Engine(loaded, engine)
         it.warm(progress=progress)
     service = Service(loaded, Driver(it, server.max_waiting), server, name)
-    config = uvicorn.Config(
-        create_app(service, version),
-        host=host,
-        port=port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=math.ceil(server.drain_s) + 5,
-        lifespan="on",
-    )
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets=None):
-            await super().startup(sockets)
-            if self.started:
-                where = self.servers[0].sockets[0].getsockname()
-                say(f"{name} is served at http://{where[0]}:{where[1]}  (Ctrl-C ends it)")
-
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn drains, and raises them once more for whoever had them
         signal.signal(number, lambda *_: None)
-    Server(config).run()
+    Server(service, host, port, say, version).run()
+
+
+class Server(uvicorn.Server):
+    """Listens until a signal, and on while requests end: /ready says so, and new ones are refused."""
+
+    def __init__(
+        self,
+        service: Service,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        say: Callable[[str], None] = lambda line: None,
+        version: str = "",
+    ):
+        self.service, self.say = service, say
+        config = uvicorn.Config(
+            create_app(service, version),
+            host=host,
+            port=port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_LAST_WORDS_S,
+            lifespan="on",
+        )
+        super().__init__(config)
+
+    @property
+    def url(self) -> str:
+        where = self.servers[0].sockets[0].getsockname()
+        return f"http://{where[0]}:{where[1]}"
+
+    async def startup(self, sockets=None):
+        await super().startup(sockets)
+        if self.started:
+            self.say(f"{self.service.name} is served at {self.url}  (Ctrl-C ends it)")
+
+    async def main_loop(self):
+        await super().main_loop()
+        await self.service.driver.drain(self.service.config.drain_s, hurry=lambda: self.force_exit)

@@ -87,7 +87,7 @@ class Delta:
 
 
 async def follow(service: Service, request: Request, text: Text) -> AsyncIterator[Delta]:
-    """A request's text as it comes; closing it cancels the request. Raises Failed, Full, Closing, ConfigError."""
+    """A request's text as it comes; closing it cancels the request. Raises Failed, ConfigError."""
     pieces = text.follow(request)
     service.metrics.began(request)
     async with contextlib.aclosing(service.driver.generate(request)) as course:
@@ -100,8 +100,15 @@ async def follow(service: Service, request: Request, text: Text) -> AsyncIterato
             yield Delta(text.end(), [], "stop" if text.stopped is not None else item)
 
 
-async def follow_all(service: Service, todo: Sequence[tuple[Request, Text]]) -> AsyncIterator[tuple[int, Delta]]:
-    """Several at once: (which, what more)."""
+@contextlib.asynccontextmanager
+async def follow_all(service: Service, todo: Sequence[tuple[Request, Text]]):
+    """Several at once, all or none: an iterator over (which, what more). Raises what `follow` does, Full, Closing."""
+    with service.driver.room(len(todo)):
+        async with contextlib.aclosing(_merged(service, todo)) as course:
+            yield course
+
+
+async def _merged(service: Service, todo: Sequence[tuple[Request, Text]]) -> AsyncIterator[tuple[int, Delta]]:
     came: asyncio.Queue = asyncio.Queue()
 
     async def one(n: int, request: Request, text: Text) -> None:
