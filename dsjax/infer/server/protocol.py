@@ -82,10 +82,22 @@ class ChatRequest(_Generation):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     thinking_budget: int | None = Field(None, ge=0, description="tokens of reasoning after which it is ended")
     majority: int | None = Field(None, ge=2, le=64, description="samples that vote on the final answer")
     want_experts: bool = Field(False, description="the experts of each token of the stream")
+
+    @model_validator(mode="after")
+    def _tools(self):
+        for tool in self.tools or ():
+            function = tool.get("function")
+            name = function.get("name") if isinstance(function, dict) else None
+            if not isinstance(name, str) or not name or not name.isprintable():
+                raise ValueError('tools: expected {"type": "function", "function": {"name": ..., "parameters": ...}}')
+            if not isinstance(function.get("parameters"), dict | None):
+                raise ValueError(f"tools: the parameters of {name} are no JSON schema")
+        return self
 
 
 class TokenizeRequest(_Body):
