@@ -1,6 +1,7 @@
 """The server, over HTTP: what OpenAI's own client and plain requests get of it."""
 
 import asyncio
+import functools
 import json
 import threading
 import time
@@ -14,7 +15,8 @@ import pytest
 import uvicorn
 
 from dsjax.config import Config, EngineConfig, ServerConfig
-from dsjax.data.tokenizer import bytes_tokenizer
+from dsjax.data.tokenizer import BOS, EOS, bytes_tokenizer
+from dsjax.hub.chat import ChatTemplate
 from dsjax.hub.load import Loaded
 from dsjax.infer.engine import Engine
 from dsjax.infer.server.app import create_app
@@ -167,6 +169,41 @@ def test_json_is_json_whatever_the_model_would_say(client):
         client.chat.completions.create(model="it", messages=[{"role": "user", "content": "?"}], response_format=form)
 
 
+def test_a_grammar_that_is_done_ends_the_text(client):
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"const": 7}}}
+    for more in ({"min_tokens": 20}, {"ignore_eos": True}):
+        answer = client.completions.create(
+            model="it", prompt="?", max_tokens=30, temperature=0.0, extra_body=more | {"response_format": form}
+        )
+        assert answer.choices[0].text == "7" and answer.choices[0].finish_reason == "stop"
+
+
+DIGIT = {"type": "object", "properties": {"n": {"enum": [1, 2, 3]}}, "required": ["n"], "additionalProperties": False}
+TOOLS = [
+    {"type": "function", "function": {"name": "a.b", "parameters": DIGIT}},
+    {"type": "function", "function": {"name": "c", "parameters": None}},
+]
+
+
+@pytest.mark.parametrize("source", [TEMPLATE, TEMPLATE + "{# ```json #}", TEMPLATE + "<think>\n"])
+def test_a_tool_that_must_be_called_is_called(client, service, monkeypatch, source):
+    monkeypatch.setattr(service, "template", ChatTemplate(source))
+    ask = functools.partial(
+        client.chat.completions.create, model="it", messages=[{"role": "user", "content": "?"}], tools=TOOLS, seed=1
+    )
+    for options in (
+        {"tool_choice": {"type": "function", "function": {"name": "a.b"}}},
+        {"tool_choice": "required", "tools": TOOLS[:1], "parallel_tool_calls": False},
+    ):
+        choice = ask(**options, extra_body={"thinking_budget": 3}).choices[0]
+        (call,) = choice.message.tool_calls
+        assert call.function.name == "a.b" and json.loads(call.function.arguments)["n"] in (1, 2, 3)
+        assert choice.finish_reason == "tool_calls" and not choice.message.content
+        assert ("reasoning_content" in choice.message.model_extra) == source.endswith("<think>\n")
+    with pytest.raises(openai.BadRequestError, match="no tool of the name d"):
+        ask(tool_choice={"type": "function", "function": {"name": "d"}})
+
+
 def test_a_majority_votes(client):
     answer = client.chat.completions.create(
         model="it", messages=[{"role": "user", "content": "1+1"}], max_tokens=10, seed=0, extra_body={"majority": 5}
@@ -178,6 +215,9 @@ def test_tokens_and_back(post, url, client):
     got = post("/tokenize", {"prompt": "hé", "return_token_strs": True}).json()
     assert got["tokens"] == [TOKENIZER.bos_id, *TOKENIZER.encode("hé")] and got["count"] == 4
     assert post("/detokenize", {"tokens": got["tokens"][1:]}).json() == {"prompt": "hé"}
+    for text, ids in ((EOS, [TOKENIZER.eos_id]), (f"a{BOS}", [*TOKENIZER.encode("a"), TOKENIZER.bos_id])):
+        assert post("/tokenize", {"prompt": text, "add_special_tokens": False}).json()["tokens"] == ids
+        assert post("/tokenize", {"prompt": text}).json()["tokens"] == [TOKENIZER.bos_id, *TOKENIZER.encode(text)]
     rendered = post("/tokenize", {"messages": [{"role": "user", "content": "a"}]}).json()["tokens"]
     assert TOKENIZER.decode(rendered) == "user: a\nassistant: "
     assert [m.id for m in client.models.list()] == ["it"]
@@ -196,6 +236,19 @@ BAD = [
     ("/v1/completions", {"prompt": "x", "max_tokens": 5000}, 400, "max_tokens=5000"),
     ("/v1/completions", {"prompt": "x", "model": "gpt-4"}, 404, "gpt-4"),
     ("/v1/completions", {"prompt": "x", "logit_bias": {"999": 1}}, 400, "logit_bias"),
+    ("/v1/completions", {"prompt": "x", "logit_bias": {"\ud800": 1}}, 400, "logit_bias"),
+    ("/v1/completions", {"prompt": "x", "stop_token_ids": [999], "min_tokens": 5}, 400, "stop_token_ids: 999"),
+    ("/v1/completions", {"prompt": "\ud800"}, 400, "surrogate"),
+    ("/v1/completions", {"prompt": "x", "suffix": "\ud800"}, 400, "surrogate"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
+    ("/tokenize", {"prompt": "\ud800"}, 400, "surrogate"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "x"}], "tools": [{"function": 1}]},
+        400,
+        "tools",
+    ),
     ("/v1/completions", "{", 400, "JSON"),
     ("/v1/completions", b"x" * 200_000, 413, "larger"),
     ("/v1/chat/completions", {"messages": []}, 400, "messages"),
@@ -215,6 +268,24 @@ def test_what_is_wrong_gets_openais_envelope(post, path, body, status, word):
     error = answer.json()["error"]
     assert word in error["message"] and "\n" not in error["message"] and error["code"] == status
     assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_what_a_template_is_given_cannot_replace_the_messages(post):
+    names = {"messages": 3, "service": 3, "self": 3, "add_generation_prompt": True}
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    assert post("/v1/chat/completions", body | {"chat_template_kwargs": names}).status_code == 200
+
+
+def test_the_schema_names_what_errors_look_like(url):
+    schema = httpx.get(f"{url}/openapi.json").json()
+    answers = schema["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert {"200", "4XX", "5XX"} == set(answers) and "text/event-stream" in answers["200"]["content"]
+    assert schema["components"]["schemas"]["ChatRequest"]["properties"]["messages"]["items"]["required"] == [
+        "role",
+        "content",
+    ]
+    refused = httpx.put(f"{url}/v1/completions")
+    assert refused.status_code == 405 and refused.headers["allow"] == "POST"
 
 
 def test_a_wrong_key_is_refused_and_unknown_fields_are_taken(post):

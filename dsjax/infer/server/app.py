@@ -132,7 +132,7 @@ def create_app(service: Service, version: str = "") -> FastAPI:
         elif body.add_special_tokens:
             tokens = service.encode(body.prompt)
         else:
-            tokens = service.tokenizer.encode(body.prompt)
+            tokens = service.encode_whole(body.prompt)
         result = {"count": len(tokens), "max_model_len": service.driver.engine.longest, "tokens": tokens}
         if body.return_token_strs:
             result["token_strs"] = [service.tokenizer.decode([t], skip_special=False) for t in tokens]

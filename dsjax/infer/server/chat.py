@@ -34,12 +34,12 @@ class _Choice:
     n_reasoning: int = 0
 
 
-def prompt_of(service: Service, messages: list[dict[str, Any]], **variables) -> list[int]:
+def prompt_of(service: Service, messages: list[dict[str, Any]], /, **variables) -> list[int]:
     """Token ids of a conversation, without the reasoning of earlier answers. Raises ConfigError (HubError)."""
-    return service.tokenizer.encode_rendered(_rendered(service, messages, **variables))
+    return service.encode_whole(_rendered(service, messages, **variables))
 
 
-def _rendered(service: Service, messages: list[dict[str, Any]], **variables) -> str:
+def _rendered(service: Service, messages: list[dict[str, Any]], /, **variables) -> str:
     if service.template is None:
         raise ConfigError(f"{service.name} has no chat template: ask /v1/completions")
     plain = []
@@ -71,7 +71,7 @@ def _choices(service: Service, body: ChatRequest) -> list[_Choice]:
     variables = {**(body.chat_template_kwargs or {}), "tools": tools}
     rendered = _rendered(service, body.messages, **variables)
     must = body.tool_choice == "required" or only is not None
-    prompt = service.tokenizer.encode_rendered(rendered)
+    prompt = service.encode_whole(rendered)
     thinking = rendered.rstrip().endswith(THINK)
     max_tokens = body.max_completion_tokens or body.max_tokens
     n = body.majority or body.n or 1

@@ -51,9 +51,15 @@ class TextGrammar:
     def advance(self, token: int) -> None:
         self._matcher.consume_token(token)
 
+    @property
+    def ended(self) -> bool:
+        return self._matcher.is_stopped()
+
 
 class ThinkingBudget:
     """Ends the reasoning after so many tokens: then comes </think>, whatever the model would say."""
+
+    ended = False
 
     def __init__(self, n_tokens: int, end: list[int], vocab_size: int):
         self._left, self._end, self._vocab_size = n_tokens, end, vocab_size
@@ -94,6 +100,10 @@ class Both:
     @property
     def active(self) -> bool:
         return self._first.active if not self._first.over else self._then is not None
+
+    @property
+    def ended(self) -> bool:
+        return self._first.over and self._then is not None and self._then.ended
 
     def forbidden(self) -> np.ndarray:
         return self._first.forbidden() if not self._first.over else self._then.forbidden()

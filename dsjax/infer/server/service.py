@@ -46,8 +46,12 @@ class Service:
         self.metrics = Metrics(self.driver)
 
     def encode(self, text: str) -> list[int]:
-        """A prompt as text: what a document begins with, and its tokens."""
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        """A prompt as text: what a document begins with, and its tokens. Raises ConfigError for what is no Unicode."""
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(_unicode(text))]
+
+    def encode_whole(self, text: str) -> list[int]:
+        """A text in which control tokens count, such as a rendered conversation; nothing is added."""
+        return self.tokenizer.encode_rendered(_unicode(text))
 
     def request(self, body, prompt: Sequence[int], max_tokens: int | None, n: int = 0, **more) -> Request:
         """The n-th sample of what a body asks. Raises ConfigError."""
@@ -65,6 +69,9 @@ class Service:
         if body.repetition_penalty is not None:
             given["repetition_penalty"] = body.repetition_penalty
         given["top_k"] = max(0, given.get("top_k", 0))
+        most = self.loaded.config.model.vocab_size
+        if bad := [t for t in body.stop_token_ids or () if t >= most]:
+            raise ConfigError(f"stop_token_ids: {bad[0]}; expected below {most}")
         stop_ids = () if body.ignore_eos else self.tokenizer.eos_ids
         return Request(
             list(prompt),
@@ -143,6 +150,15 @@ def usage(requests: Sequence[Request], n_reasoning: int | None = None) -> dict[s
         "prompt_tokens_details": {"cached_tokens": max(r.n_cached for r in requests)},
         "completion_tokens_details": details,
     }
+
+
+def _unicode(text: str) -> str:
+    """The text. Raises ConfigError where half a surrogate pair is no character of it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt is no Unicode text: character {error.start} is half a surrogate pair") from None
+    return text
 
 
 def _generation_defaults(folder) -> dict[str, float]:
