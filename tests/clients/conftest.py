@@ -47,7 +47,7 @@ def taught(tmp_path_factory):
 @pytest.fixture(scope="session")
 def url(taught):
     """Where it is served."""
-    options = ["--port=0", "--max-rows=4", "--prefill-chunk=32", f"--name={NAME}", "--api-key=key"]
+    options = ["--port=0", "--max-rows=4", "--prefill-chunk=32", "--one-shape", f"--name={NAME}", "--api-key=key"]
     with runs.started("serve", taught, *options, env=runs.environment(taught.parent / "compiled")) as process:
         said: list[str] = []
         reader = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)

@@ -42,7 +42,7 @@ def test_the_schema_has_all_that_is_offered(api):
 def test_no_request_breaks_the_server(api, path, method, mode):
     if mode is GenerationMode.NEGATIVE and method == "GET" and "{" not in path:
         pytest.skip("there is nothing to be wrong")
-    n, answers = 40 if method == "POST" else 5, []
+    n, answers = 120 if method == "POST" else 5, []
 
     @settings(max_examples=n, derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
     @given(case=api[path][method].as_strategy(generation_mode=mode))
@@ -52,7 +52,6 @@ def test_no_request_breaks_the_server(api, path, method, mode):
         answers.append(case.call_and_validate(headers=KEY, timeout=60, checks=CHECKS).status_code)
 
     check()
-    print(sorted((c, answers.count(c)) for c in {*answers}))
     if mode is GenerationMode.POSITIVE and "{" not in path:
         assert answers.count(200) >= len(answers) / 4, answers
 
