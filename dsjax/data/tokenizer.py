@@ -245,7 +245,7 @@ def _unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"text: {text[error.start]!a} is half a character; expected Unicode") from None
+        raise ConfigError(f"text: {text[error.start]!a} is half a surrogate pair; expected Unicode") from None
     return text
 
 

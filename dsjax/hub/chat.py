@@ -54,7 +54,7 @@ class ChatTemplate:
         except ConfigError as error:
             raise HubError(str(error)) from None
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **variables) -> str:
+    def render(self, messages: list[dict[str, Any]], /, *, add_generation_prompt: bool = True, **variables) -> str:
         """The text of a conversation, with the start of the assistant's turn at its end.
 
         Variables (tools, documents, thinking, ...) are the template's own; those that are special tokens replace them.

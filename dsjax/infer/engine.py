@@ -457,7 +457,8 @@ class Engine:
             request.tokens.append(one.token)
             if request.grammar is not None:
                 request.grammar.advance(one.token)
-            if one.token in request.stop_ids and request.n_new > request.min_tokens:
+            ended = request.grammar is not None and request.grammar.ended
+            if ended or (one.token in request.stop_ids and request.n_new > request.min_tokens):
                 reason = "stop"
             elif request.n_new >= request.max_tokens:
                 reason = "length"

@@ -19,6 +19,7 @@ class Grammar(Protocol):
     """What the next token may be, for one request."""
 
     active: bool  # something is forbidden, or may be within a few tokens; then nothing is drafted
+    ended: bool  # the text is whole, and nothing can follow
 
     def forbidden(self) -> np.ndarray:
         """[V] bool."""

@@ -273,6 +273,8 @@ def test_a_prompt_that_lost_its_pages_while_it_was_read_is_told_once():
 class Even:
     """A grammar of even tokens."""
 
+    ended = False
+
     active = True
 
     def __init__(self):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import json
 import signal
@@ -17,7 +18,8 @@ import openai
 import pytest
 
 from dsjax.config import Config, EngineConfig, ServerConfig, replace
-from dsjax.data.tokenizer import bytes_tokenizer
+from dsjax.data.tokenizer import BOS, EOS, bytes_tokenizer
+from dsjax.hub.chat import ChatTemplate
 from dsjax.hub.load import Loaded
 from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request, Sampled
@@ -191,6 +193,41 @@ def test_json_is_json_whatever_the_model_would_say(client):
         client.chat.completions.create(model="it", messages=[{"role": "user", "content": "?"}], response_format=form)
 
 
+def test_a_grammar_that_is_done_ends_the_text(client):
+    form = {"type": "json_schema", "json_schema": {"name": "it", "schema": {"const": 7}}}
+    for more in ({"min_tokens": 20}, {"ignore_eos": True}):
+        answer = client.completions.create(
+            model="it", prompt="?", max_tokens=30, temperature=0.0, extra_body=more | {"response_format": form}
+        )
+        assert answer.choices[0].text == "7" and answer.choices[0].finish_reason == "stop"
+
+
+DIGIT = {"type": "object", "properties": {"n": {"enum": [1, 2, 3]}}, "required": ["n"], "additionalProperties": False}
+TOOLS = [
+    {"type": "function", "function": {"name": "a.b", "parameters": DIGIT}},
+    {"type": "function", "function": {"name": "c", "parameters": None}},
+]
+
+
+@pytest.mark.parametrize("source", [TEMPLATE, TEMPLATE + "{# ```json #}", TEMPLATE + "<think>\n"])
+def test_a_tool_that_must_be_called_is_called(client, service, monkeypatch, source):
+    monkeypatch.setattr(service, "template", ChatTemplate(source))
+    ask = functools.partial(
+        client.chat.completions.create, model="it", messages=[{"role": "user", "content": "?"}], tools=TOOLS, seed=1
+    )
+    for options in (
+        {"tool_choice": {"type": "function", "function": {"name": "a.b"}}},
+        {"tool_choice": "required", "tools": TOOLS[:1], "parallel_tool_calls": False},
+    ):
+        choice = ask(**options, extra_body={"thinking_budget": 3}).choices[0]
+        (call,) = choice.message.tool_calls
+        assert call.function.name == "a.b" and json.loads(call.function.arguments)["n"] in (1, 2, 3)
+        assert choice.finish_reason == "tool_calls" and not choice.message.content
+        assert ("reasoning_content" in choice.message.model_extra) == source.endswith("<think>\n")
+    with pytest.raises(openai.BadRequestError, match="no tool of the name d"):
+        ask(tool_choice={"type": "function", "function": {"name": "d"}})
+
+
 def test_a_majority_votes(client):
     answer = client.chat.completions.create(
         model="it", messages=[{"role": "user", "content": "1+1"}], max_tokens=10, seed=0, extra_body={"majority": 5}
@@ -202,6 +239,9 @@ def test_tokens_and_back(post, url, client):
     got = post("/tokenize", {"prompt": "hé", "return_token_strs": True}).json()
     assert got["tokens"] == [TOKENIZER.bos_id, *TOKENIZER.encode("hé")] and got["count"] == 4
     assert post("/detokenize", {"tokens": got["tokens"][1:]}).json() == {"prompt": "hé"}
+    for text, ids in ((EOS, [TOKENIZER.eos_id]), (f"a{BOS}", [*TOKENIZER.encode("a"), TOKENIZER.bos_id])):
+        assert post("/tokenize", {"prompt": text, "add_special_tokens": False}).json()["tokens"] == ids
+        assert post("/tokenize", {"prompt": text}).json()["tokens"] == [TOKENIZER.bos_id, *TOKENIZER.encode(text)]
     rendered = post("/tokenize", {"messages": [{"role": "user", "content": "a"}]}).json()["tokens"]
     assert TOKENIZER.decode(rendered) == "user: a\nassistant: "
     assert [m.id for m in client.models.list()] == ["it"]
@@ -221,19 +261,29 @@ BAD = [
     ("/v1/completions", {"prompt": "x", "max_tokens": 5000}, 400, "max_tokens=5000"),
     ("/v1/completions", {"prompt": "x", "model": "gpt-4"}, 404, "gpt-4"),
     ("/v1/completions", {"prompt": "x", "logit_bias": {"999": 1}}, 400, "logit_bias"),
+    ("/v1/completions", {"prompt": "x", "logit_bias": {"\ud800": 1}}, 400, "logit_bias"),
+    ("/v1/completions", {"prompt": "x", "stop_token_ids": [999], "min_tokens": 5}, 400, "stop_token_ids: 999"),
+    ("/v1/completions", {"prompt": "\ud800"}, 400, "surrogate"),
+    ("/v1/completions", {"prompt": "x", "suffix": "\ud800"}, 400, "surrogate"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, 400, "surrogate"),
+    ("/tokenize", {"prompt": "\ud800"}, 400, "surrogate"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, 400, "tools"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "x"}], "tools": [{"function": 1}]},
+        400,
+        "tools",
+    ),
     ("/v1/completions", "{", 400, "JSON"),
     ("/v1/completions", b"x" * 200_000, 413, "larger"),
     ("/v1/completions", b'{"prompt": "\xff"}', 400, "parsing"),
     ("/v1/completions", '{"prompt": "x", "temperature": NaN}', 400, "temperature"),
     ("/v1/completions", '{"prompt": "x", "max_tokens": 1e400}', 400, "max_tokens"),
     ("/v1/completions", '{"prompt": "x", "seed": ' + "9" * 5000 + "}", 400, "parsing"),
-    ("/v1/completions", '{"prompt": "\\ud800"}', 400, "Unicode"),
     ("/v1/completions", '{"prompt": "x", "model": "\\ud800"}', 404, "model"),
     ("/v1/completions", "[" * 50_000, 400, "parsing"),
-    ("/v1/completions", {"prompt": "x", "stop_token_ids": [999], "min_tokens": 2}, 400, "stop_token_ids"),
     ("/v1/completions", {"prompt": "x", "n": 20}, 400, "at most 10"),
     ("/v1/chat/completions", '{"messages": [{"role": ' + NESTED + "}]}", 400, "role"),
-    ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, "Unicode"),
     ("/v1/chat/completions", {"messages": []}, 400, "messages"),
     ("/v1/chat/completions", {"messages": [{"content": "x"}]}, 400, "role"),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text"),
@@ -260,6 +310,24 @@ def test_a_nested_body_is_an_error_or_left_alone_at_any_depth(post):
         assert answer.status_code == 400 and answer.json()["error"]["code"] == 400
         chat = f'{{"messages": [{{"role": "user", "content": "x"}}], "max_tokens": 1, "tools": [{{"a": {nested}}}]}}'
         assert post("/v1/chat/completions", chat).status_code in (200, 400)
+
+
+def test_what_a_template_is_given_cannot_replace_the_messages(post):
+    names = {"messages": 3, "service": 3, "self": 3, "add_generation_prompt": True}
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    assert post("/v1/chat/completions", body | {"chat_template_kwargs": names}).status_code == 200
+
+
+def test_the_schema_names_what_errors_look_like(url):
+    schema = httpx.get(f"{url}/openapi.json").json()
+    answers = schema["paths"]["/v1/chat/completions"]["post"]["responses"]
+    assert {"200", "4XX", "5XX"} == set(answers) and "text/event-stream" in answers["200"]["content"]
+    assert schema["components"]["schemas"]["ChatRequest"]["properties"]["messages"]["items"]["required"] == [
+        "role",
+        "content",
+    ]
+    refused = httpx.put(f"{url}/v1/completions")
+    assert refused.status_code == 405 and refused.headers["allow"] == "POST"
 
 
 def test_a_wrong_key_is_refused_and_unknown_fields_are_taken(post):

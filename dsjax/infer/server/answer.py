@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 THINK, END_THINK = "<think>", "</think>"
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-_CALL = re.compile(r"<｜tool▁call▁begin｜>(.*?)<｜tool▁sep｜>(.*?)<｜tool▁call▁end｜>", re.DOTALL)
+CALL, SEP, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+_CALL = re.compile(f"{CALL}(.*?){SEP}(.*?){END_CALL}", re.DOTALL)
 _V3_ARGUMENTS = re.compile(r"\s*(?P<name>[^\n`]+?)\s*```json\s*(?P<arguments>.*?)\s*```\s*", re.DOTALL)
 
 

@@ -15,12 +15,19 @@ from typing import Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from dsjax.config import ConfigError
 from dsjax.infer.server import chat, completions
 from dsjax.infer.server.driver import Closing, Full
-from dsjax.infer.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from dsjax.infer.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ErrorAnswer,
+    TokenizeRequest,
+)
 from dsjax.infer.server.service import Failed, Service
 
 _RETRY_AFTER_S = 5
@@ -32,6 +39,13 @@ _PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+
+
+_WRONG = {
+    "4XX": {"model": ErrorAnswer, "description": "The request cannot be answered"},
+    "5XX": {"model": ErrorAnswer, "description": "The server could not answer"},
+}
+_PIECES = {200: {"content": {"text/event-stream": {}}, "description": "The answer, or with `stream` its pieces"}}
 
 
 class Limits:
@@ -76,7 +90,9 @@ def create_app(service: Service, version: str = "") -> FastAPI:
         await service.driver.drain(service.config.drain_s)
         await asyncio.to_thread(service.driver.close)
 
-    app = FastAPI(title="dsjax", version=version or "0", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="dsjax", version=version or "0", lifespan=lifespan, docs_url=None, redoc_url=None, responses=_WRONG
+    )
     most, seconds = int(service.config.max_body_mib * (1 << 20)), service.config.body_timeout_s
     app.add_middleware(Limits, most=most, seconds=seconds)
     _errors(app)
@@ -92,14 +108,14 @@ def create_app(service: Service, version: str = "") -> FastAPI:
         if model is not None and model != service.name:
             raise HTTPException(404, f"model {model!r} is not here; there is {service.name!r}")
 
-    guarded = [Depends(allowed)]
+    guarded = [Depends(HTTPBearer(auto_error=False)), Depends(allowed)]
 
-    @app.post("/v1/completions", dependencies=guarded)
+    @app.post("/v1/completions", dependencies=guarded, responses=_PIECES)
     async def complete(body: CompletionRequest, request: Request):
         known(body.model)
         return await _answer(service, request, body, completions.whole, completions.stream)
 
-    @app.post("/v1/chat/completions", dependencies=guarded)
+    @app.post("/v1/chat/completions", dependencies=guarded, responses=_PIECES)
     async def converse(body: ChatRequest, request: Request):
         known(body.model)
         return await _answer(service, request, body, chat.whole, chat.stream)
@@ -121,7 +137,7 @@ def create_app(service: Service, version: str = "") -> FastAPI:
         elif body.add_special_tokens:
             tokens = service.encode(body.prompt)
         else:
-            tokens = service.tokenizer.encode(body.prompt)
+            tokens = service.tokenizer.encode_rendered(body.prompt)
         result = {"count": len(tokens), "max_model_len": service.driver.engine.longest, "tokens": tokens}
         if body.return_token_strs:
             result["token_strs"] = [service.tokenizer.decode([t], skip_special=False) for t in tokens]
@@ -164,7 +180,7 @@ def create_app(service: Service, version: str = "") -> FastAPI:
         """The process answers."""
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "Not now"}})
     async def ready():
         """Requests are taken, and steps go forward."""
         good = service.driver.ready
@@ -280,7 +296,9 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def plain(request: Request, error: HTTPException):
-        return _error(error.status_code, str(error.detail))
+        answer = _error(error.status_code, str(error.detail))
+        answer.headers.update(error.headers or {})
+        return answer
 
     @app.exception_handler(Full)
     async def full(request: Request, error: Full):

@@ -11,7 +11,7 @@ from typing import Any
 from dsjax.config import ConfigError, show
 from dsjax.infer.requests import Request, Sampled
 from dsjax.infer.server.answer import THINK, Answer, Piece, ToolCall
-from dsjax.infer.server.grammar import Both, ThinkingBudget, grammar_of
+from dsjax.infer.server.grammar import Both, ThinkingBudget, calls_grammar, grammar_of
 from dsjax.infer.server.protocol import ChatRequest
 from dsjax.infer.server.service import Service, follow_all, usage
 from dsjax.infer.text import Text
@@ -33,12 +33,12 @@ class _Choice:
     n_reasoning: int = 0
 
 
-def prompt_of(service: Service, messages: list[dict[str, Any]], **variables) -> list[int]:
+def prompt_of(service: Service, messages: list[dict[str, Any]], /, **variables) -> list[int]:
     """Token ids of a conversation, without the reasoning of earlier answers. Raises ConfigError (HubError)."""
     return service.tokenizer.encode_rendered(_rendered(service, messages, **variables))
 
 
-def _rendered(service: Service, messages: list[dict[str, Any]], **variables) -> str:
+def _rendered(service: Service, messages: list[dict[str, Any]], /, **variables) -> str:
     if service.template is None:
         raise ConfigError(f"{service.name} has no chat template: ask /v1/completions")
     plain = []
@@ -62,7 +62,7 @@ def _choices(service: Service, body: ChatRequest) -> list[_Choice]:
     tools = None if body.tool_choice == "none" else body.tools
     only = body.tool_choice["function"].get("name") if _names_one(body.tool_choice) else None
     if only is not None:
-        tools = [t for t in tools or () if t.get("function", {}).get("name") == only]
+        tools = [t for t in tools or () if t["function"]["name"] == only]
         if not tools:
             raise ConfigError(f"tool_choice: no tool of the name {show(only)} is in tools")
     if body.tool_choice == "required" and not tools:
@@ -70,15 +70,16 @@ def _choices(service: Service, body: ChatRequest) -> list[_Choice]:
     variables = {**(body.chat_template_kwargs or {}), "tools": tools}
     rendered = _rendered(service, body.messages, **variables)
     must = body.tool_choice == "required" or only is not None
-    if must:
-        rendered += _CALL_BEGIN
     prompt = service.tokenizer.encode_rendered(rendered)
     thinking = rendered.rstrip().endswith(THINK)
     max_tokens = body.max_completion_tokens or body.max_tokens
     n = body.majority or body.n or 1
     choices = []
     for i in range(n):
-        grammar = grammar_of(service, body.response_format)
+        if must:
+            grammar = calls_grammar(service, tools, many=only is None and body.parallel_tool_calls is not False)
+        else:
+            grammar = grammar_of(service, body.response_format)
         if thinking and (body.thinking_budget is not None or grammar is not None):
             longest = service.driver.engine.longest if body.thinking_budget is None else body.thinking_budget
             end = service.tokenizer.encode_rendered("</think>\n\n")
@@ -88,15 +89,9 @@ def _choices(service: Service, body: ChatRequest) -> list[_Choice]:
             more["logprobs"] = body.top_logprobs or 0
         request = service.request(body, prompt, max_tokens, i, **more)
         text = Text(service.tokenizer, body.stops, keep_stop=body.include_stop_str_in_output, skip_special=False)
-        answer = Answer(thinking, tools=bool(tools))
-        if must:
-            answer.push(_CALL_BEGIN)
-        choices.append(_Choice(request, text, answer))
+        choices.append(_Choice(request, text, Answer(thinking, tools=bool(tools))))
     choices[0].request.check(service.driver.engine.cfg.vocab_size, service.driver.engine.longest)
     return choices
-
-
-_CALL_BEGIN = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
 
 
 def _names_one(choice) -> bool:

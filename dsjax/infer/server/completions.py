@@ -43,7 +43,7 @@ def prompts_of(service: Service, body: CompletionRequest) -> list[list[int]]:
         if fim is None:
             raise ConfigError("suffix: this model's tokenizer has no tokens to fill in the middle")
         begin, hole, end = fim
-        rest = service.tokenizer.encode(body.suffix)
+        rest = service.encode(body.suffix)[1:]
         bos = service.tokenizer.bos_id
         prompts = [[bos, begin, *(p[1:] if p[0] == bos else p), hole, *rest, end] for p in prompts]
     return prompts

@@ -2,9 +2,29 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 Tokens = list[Annotated[int, Field(ge=0)]]
+
+
+def _object(required: list[str], **properties: Any) -> WithJsonSchema:
+    """What /openapi.json says of an object that is taken as it is given."""
+    return WithJsonSchema({"type": "object", "required": required, "properties": properties})
+
+
+_TEXT, _OBJECT = {"type": "string"}, {"type": "object"}
+_PART = {"type": "object", "required": ["type", "text"], "properties": {"type": {"const": "text"}, "text": _TEXT}}
+_FUNCTION = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {**_TEXT, "minLength": 1}, "description": _TEXT, "parameters": _OBJECT},
+}
+Message = Annotated[
+    dict[str, Any],
+    _object(["role", "content"], role=_TEXT, content={"anyOf": [_TEXT, {"type": "array", "items": _PART}]}),
+]
+Tool = Annotated[dict[str, Any], _object(["type", "function"], type={"const": "function"}, function=_FUNCTION)]
+JsonSchema = Annotated[dict[str, Any], _object(["schema"], name=_TEXT, schema=_OBJECT)]
 
 
 class _Body(BaseModel):
@@ -17,7 +37,7 @@ class StreamOptions(_Body):
 
 class ResponseFormat(_Body):
     type: Literal["text", "json_object", "json_schema"] = "text"
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonSchema | None = None
 
     @model_validator(mode="after")
     def _schema(self):
@@ -75,17 +95,29 @@ class CompletionRequest(_Generation):
 class ChatRequest(_Generation):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, max_length=2048)
+    messages: list[Message] = Field(min_length=1, max_length=2048)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | Tool | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     thinking_budget: int | None = Field(None, ge=0, description="tokens of reasoning after which it is ended")
     majority: int | None = Field(None, ge=2, le=64, description="samples that vote on the final answer")
     want_experts: bool = Field(False, description="the experts of each token of the stream")
+
+    @model_validator(mode="after")
+    def _tools(self):
+        for tool in self.tools or ():
+            function = tool.get("function")
+            name = function.get("name") if isinstance(function, dict) else None
+            if not isinstance(name, str) or not name or not name.isprintable():
+                raise ValueError('tools: expected {"type": "function", "function": {"name": ..., "parameters": ...}}')
+            if not isinstance(function.get("parameters"), dict | None):
+                raise ValueError(f"tools: the parameters of {name} are no JSON schema")
+        return self
 
 
 class TokenizeRequest(_Body):
@@ -93,7 +125,7 @@ class TokenizeRequest(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: list[Message] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -110,3 +142,18 @@ class DetokenizeRequest(_Body):
 
     model: str | None = None
     tokens: Tokens
+
+
+class Problem(BaseModel):
+    """What is wrong, as OpenAI says it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorAnswer(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: Problem
