@@ -122,7 +122,7 @@ def test_with_drafts_tokens_have_the_distribution_of_the_model():
             counts = np.bincount([client.tokens[place] for client in clients], minlength=models.VOCAB)
             common = n * expected > 5
             rest = [a[~common].sum() for a in (counts, n * expected)]
-            counts, expected = ([*a[common], *[r] * (rest[1] > 0)] for a, r in zip((counts, n * expected), rest))
+            counts, expected = ([*a[common], *[r] * bool(rest[1] > 0)] for a, r in zip((counts, n * expected), rest))
             yield stats.chisquare(counts, expected).pvalue
 
     assert min(p_values(1.0)) > 1e-3
