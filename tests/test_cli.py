@@ -190,7 +190,16 @@ def test_a_phase_goes_on_from_the_run_before_it(calls, run_folder):
 def test_generate_streams_the_text_and_nothing_else(calls, run_folder):
     result = run("generate", run_folder, "--prompt", "-- 1+1", "--temperature=0", "--checkpoint", "40")
     assert (result.stdout, result.stderr, result.exit_code) == ("1 + 1 = 2", "", 0)
-    options = {"temperature": 0, "top_p": 0.95, "max_tokens": 200, "seed": 0, "step": 40, "chat": False, "system": None}
+    options = {
+        "temperature": 0,
+        "top_p": 0.95,
+        "max_tokens": 200,
+        "seed": 0,
+        "dtype": None,
+        "step": 40,
+        "chat": False,
+        "system": None,
+    }
     assert calls == [("runs/tiny", "-- 1+1", options | {"say": note})]
 
 

@@ -31,10 +31,11 @@ from dsjax.infer.text import Text
 from sharding.mesh import make_mesh
 
 CFG = models.v3(num_hidden_layers=2, max_position_embeddings=256, vocab_size=264)
-TEMPLATE = (
+WITHOUT_TOOLS = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+TEMPLATE = "{% if tools %}{{ tools | tojson }}{% endif %}" + WITHOUT_TOOLS
 TOKENIZER = bytes_tokenizer()
 KEY = {"authorization": "Bearer key"}
 
@@ -209,7 +210,7 @@ TOOLS = [
 ]
 
 
-@pytest.mark.parametrize("source", [TEMPLATE, TEMPLATE + "{# ```json #}", TEMPLATE + "<think>\n"])
+@pytest.mark.parametrize("source", [WITHOUT_TOOLS, WITHOUT_TOOLS + "{# ```json #}", WITHOUT_TOOLS + "<think>\n"])
 def test_a_tool_that_must_be_called_is_called(client, service, monkeypatch, source):
     monkeypatch.setattr(service, "template", ChatTemplate(source))
     ask = functools.partial(

@@ -9,7 +9,7 @@ import hmac
 import importlib.resources
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -209,35 +209,36 @@ async def _answer(service: Service, request: Request, body, whole: Callable, str
     pieces = stream(service, body)  # what is wrong with a request shows before the status is sent
     first = await _while_connected(request, anext(pieces), seconds)
 
-    async def events() -> AsyncIterator[str]:
-        async with contextlib.aclosing(pieces):
-            try:
-                yield _event(first)
-                while True:
-                    async with asyncio.timeout(max(0, end - time.monotonic())):
-                        piece = await anext(pieces)
-                    yield _event(piece)
-            except StopAsyncIteration:
-                yield "data: [DONE]\n\n"
-            except TimeoutError:
-                yield _event(_envelope(504, f"not done in {seconds:g} s"))
-            except Failed as error:
-                yield _event(_envelope(500, str(error)))
+    async def events() -> AsyncGenerator[str]:
+        try:
+            yield _event(first)
+            while True:
+                async with asyncio.timeout(max(0, end - time.monotonic())):
+                    piece = await anext(pieces)
+                yield _event(piece)
+        except StopAsyncIteration:
+            yield "data: [DONE]\n\n"
+        except TimeoutError:
+            yield _event(_envelope(504, f"not done in {seconds:g} s"))
+        except Failed as error:
+            yield _event(_envelope(500, str(error)))
 
-    return _Stream(events(), end + _GRACE_S)
+    return _Stream(events(), pieces, end + _GRACE_S)
 
 
 class _Stream(StreamingResponse):
     """Events to a client that reads them before the time is over; then the connection is cut."""
 
-    def __init__(self, events: AsyncIterator[str], end: float):
+    def __init__(self, events: AsyncGenerator[str], pieces: AsyncGenerator, end: float):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._end = end
+        self._events, self._pieces, self._end = events, pieces, end
 
     async def __call__(self, scope, receive, send) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._end - time.monotonic()):
-                await super().__call__(scope, receive, send)
+        # Who goes away while a piece is sent leaves both where they are: the request would run until they are found.
+        async with contextlib.aclosing(self._pieces), contextlib.aclosing(self._events):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._end - time.monotonic()):
+                    await super().__call__(scope, receive, send)
 
 
 def _event(value: Any) -> str:
