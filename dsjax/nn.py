@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantise import Quantised
+from pallas_kernels.row_matmul import FEW, row_matmul
 from pallas_kernels.scaled_linear import Scaling, scaled_linears, scaled_swiglu
 from sharding.rules import as_rows, as_tokens, spec, whole
 
@@ -42,11 +43,20 @@ def linear(
     n = x.ndim - 2
     rows, matrix = as_rows(x), _matrix(w, n)
     layout = P(jax.typeof(rows).sharding.spec[0], *spec(name))
-    if scaling is None:
+    if scaling is None and few(x):
+        local = jax.shard_map(row_matmul, in_specs=(P(), P()), out_specs=P(), check_vma=False)
+        y = jax.reshard(local(*(jax.reshard(a, P()) for a in (rows, matrix))), layout)
+    elif scaling is None:
         y = jnp.einsum("nk,km->nm", rows, matrix, out_sharding=layout)
     else:
         y = _on_devices(lambda x, w: scaled_linears(x, (w,), scaling)[0], rows, matrix, layout=layout)
     return as_tokens(y, x, *w.shape[n:])
+
+
+def few(x: Float[Array, "B T *K"]) -> bool:
+    """Whether these are the tokens of a decoding step on a CPU."""
+    small = x.shape[0] * x.shape[1] <= FEW and x.dtype == jnp.float32
+    return small and jax.default_backend() == "cpu" and jax.typeof(x).sharding.mesh.size == 1
 
 
 def _matrix(w, n: int):

@@ -1,4 +1,4 @@
-"""One row times a matrix, which is what decoding a single token is made of: bound by how fast the matrix is read.
+"""A few rows times a matrix, which is what decoding is made of: bound by how fast the matrix is read.
 
 `row_matmul` is the public function and chooses by platform, `reference` its definition.
 """
@@ -7,22 +7,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+FEW = 16  # rows
 
-def row_matmul(x: Float[Array, "1 K"], w: Float[Array, "K N"]) -> Float[Array, "1 N"]:
+
+def row_matmul(x: Float[Array, "M K"], w: Float[Array, "K N"]) -> Float[Array, "M N"]:
     """x times w, summed in float32 and returned in float32."""
     return IMPLEMENTATION_BY_PLATFORM.get(jax.default_backend(), reference)(x, w)
 
 
-def reference(x: Float[Array, "1 K"], w: Float[Array, "K N"]) -> Float[Array, "1 N"]:
+def reference(x: Float[Array, "M K"], w: Float[Array, "K N"]) -> Float[Array, "M N"]:
     """The definition."""
     return jnp.matmul(x, w, preferred_element_type=jnp.float32)
 
 
-def halves(x: Float[Array, "1 K"], w: Float[Array, "K N"]) -> Float[Array, "1 N"]:
-    """As two products, for the two halves of K: XLA:CPU reads a matrix on one core, and those of a batch on several."""
+def halves(x: Float[Array, "M K"], w: Float[Array, "K N"]) -> Float[Array, "M N"]:
+    """As two products, for the two halves of K.
+
+    XLA:CPU reads the matrix of one row on one core, and those of a batch on several; for a few rows it copies a matrix
+    before it reads it, and those of a batch not.
+    """
     if w.shape[0] % 2:
         return reference(x, w)
-    pair = x.reshape(2, 1, -1), w.reshape(2, -1, w.shape[1])
+    m, k = x.shape
+    pair = jnp.swapaxes(x.reshape(m, 2, k // 2), 0, 1), w.reshape(2, k // 2, -1)
     y = jnp.einsum("pbk,pkn->pbn", *pair, preferred_element_type=jnp.float32)
     return y[0] + y[1]
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dsjax.config import ComputeConfig, ModelConfig, replace
 from dsjax.model.router import Router
-from dsjax.nn import SwiGLU, param
+from dsjax.nn import SwiGLU, few, param
 from dsjax.precision import recipe_of
 from dsjax.state import Replicas, Routing
 from pallas_kernels.grouped_matmul import ALIGNMENT, choose, grouped_swiglu, slice_float32
@@ -60,12 +60,11 @@ class RoutedExperts(nnx.Module):
         )
 
     def decode(self, x: Float[Array, "B T D"], routing: Routing, compute: ComputeConfig) -> Float[Array, "B T D"]:
-        """The same, quick for a single token on a CPU; whatever the loads, nothing is left out."""
-        alone = x.shape[:2] == (1, 1) and jax.typeof(x).sharding.mesh.size == 1
-        if not alone or recipe_of(compute).experts or choose(compute.grouped_matmul) != "tiles":
+        """The same, quick for a few tokens on a CPU; whatever the loads, nothing is left out."""
+        if not few(x) or recipe_of(compute).experts or choose(compute.grouped_matmul) != "tiles":
             return self(x, routing, replace(compute, expert_buffer=None))[0]
         arguments = x, routing.indices, routing.weights, self.w_gate[...], self.w_up[...], self.w_down[...]
-        y = jax.shard_map(_one_token, in_specs=(P(),) * len(arguments), out_specs=P(), check_vma=False)(
+        y = jax.shard_map(_few_tokens, in_specs=(P(),) * len(arguments), out_specs=P(), check_vma=False)(
             *(jax.reshard(a, P()) for a in arguments)
         )
         return constrain(y, "batch", "seq", None)
@@ -83,23 +82,33 @@ class RoutedExperts(nnx.Module):
         return Buffers(compute.expert_buffer, cheap, groups, limit, *options)
 
 
-def _one_token(
-    x: Float[Array, "1 1 D"],
-    indices: Int[Array, "1 1 K"],
-    weights: Float[Array, "1 1 K"],
+def _few_tokens(
+    x: Float[Array, "B T D"],
+    indices: Int[Array, "B T K"],
+    weights: Float[Array, "B T K"],
     w_gate: Float[Array, "E D F"],
     w_up: Float[Array, "E D F"],
     w_down: Float[Array, "E F D"],
-) -> Float[Array, "1 1 D"]:
-    """One chosen expert after the other: there is nothing to sort, to pad or to bring back."""
-    row = x[0].astype(jnp.float32)
+) -> Float[Array, "B T D"]:
+    """All tokens through one chosen expert after the other, whose weights are what takes time: there is nothing to
+    line up, to pad or to bring back. An expert that a token did not choose adds 0 to it, so that no token depends on
+    the others."""
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    indices, weights = (a.reshape(rows.shape[0], -1) for a in (indices, weights))
+    if rows.shape[0] == 1:
+        chosen, n = indices[0], indices.shape[1]
+    else:
+        present = jnp.zeros(w_gate.shape[0], bool).at[indices].set(True)
+        chosen, n = jnp.argsort(~present, stable=True), jnp.sum(present)
 
     def add_expert(i, y):
-        gate, up, down = (slice_float32(w, indices[0, 0, i], 1)[0] for w in (w_gate, w_up, w_down))
-        h = jax.nn.silu(row_matmul(row, gate)) * row_matmul(row, up) * weights[0, 0, i]
-        return y + row_matmul(h, down)
+        gate, up, down = (slice_float32(w, chosen[i], 1)[0] for w in (w_gate, w_up, w_down))
+        own = indices == chosen[i]
+        weight = jnp.sum(jnp.where(own, weights, 0), axis=1, keepdims=True)
+        h = jax.nn.silu(row_matmul(rows, gate)) * row_matmul(rows, up) * weight
+        return y + row_matmul(jnp.where(jnp.any(own, axis=1, keepdims=True), h, 0), down)
 
-    return lax.fori_loop(0, indices.shape[-1], add_expert, jnp.zeros_like(row)).astype(x.dtype)[None]
+    return lax.fori_loop(0, n, add_expert, jnp.zeros_like(rows)).astype(x.dtype).reshape(x.shape)
 
 
 def _experts_of_device(

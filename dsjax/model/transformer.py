@@ -14,7 +14,7 @@ from dsjax.model.mla import MHA, MLA, Absorbed, Rope
 from dsjax.model.moe import MoE
 from dsjax.model.mtp import MTPInput, hide, look_ahead
 from dsjax.model.rope import rope_tables
-from dsjax.nn import RMSNorm, SwiGLU, param, stack
+from dsjax.nn import RMSNorm, SwiGLU, few, linear, param, stack
 from dsjax.precision import recipe_of
 from dsjax.state import Batch, KVCache, LatentCache, Places, Replicas, RouterBias, Routing
 from sharding.rules import constrain, halves, join, spec
@@ -177,6 +177,8 @@ class DeepSeek(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Scores of the vocabulary, float32."""
+        if few(hidden):
+            return linear(hidden, self.head[...], "vocab")
         out = jnp.einsum("btd,dv->btv", hidden, self.head, preferred_element_type=jnp.float32)
         return constrain(out, "batch", "seq", "vocab")
 
