@@ -136,5 +136,5 @@ def test_a_bfloat16_checkpoint_may_be_loaded_in_fp8_and_an_unknown_format_is_ref
     name = "moe/ffn/experts/w_up"
     stood_for, stored = dequantise(jax.device_get(leaves(kept.model)[name])), jax.device_get(leaves(plain.model)[name])
     assert np.abs(stood_for - stored).max() <= 0.04 * np.abs(stood_for).max()
-    with pytest.raises(ConfigError, match="dtype='int4': expected float32, bfloat16 or fp8"):
+    with pytest.raises(ConfigError, match="dtype=int4: expected float32, bfloat16 or fp8"):
         load(folder, "int4")
