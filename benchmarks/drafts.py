@@ -3,7 +3,8 @@
     python -m benchmarks.drafts runs/tiny --out benchmarks/results/drafts_tiny.json
 
 Prompts are the beginnings of held-out documents. For each number of drafts and each temperature the same requests are
-served one at a time and eight at once; the engine is warmed before. With drafts the text must be the same.
+served one at a time and eight at once; the engine is warmed before. With drafts the text must be the same. "auto" is
+how the engine goes by itself: with one draft a step where it pays.
 """
 
 import argparse
@@ -16,17 +17,18 @@ from benchmarks.common import machine
 PROMPT, NEW = 64, 192
 
 
-def serve(loaded, prompts, n_draft: int, rows: int, temperature: float) -> tuple[list[list[int]], dict]:
+def serve(loaded, prompts, drafts: int | str, rows: int, temperature: float) -> tuple[list[list[int]], dict]:
     import jax
 
     from dsjax.config import EngineConfig
     from dsjax.infer.engine import Engine
     from dsjax.infer.requests import Request
 
-    texts = [[] for _ in prompts]
+    texts, n_draft = [[] for _ in prompts], 1 if drafts == "auto" else drafts
     with jax.set_mesh(loaded.mesh):
         engine = Engine(loaded, EngineConfig(max_rows=rows, n_draft=n_draft, max_model_len=512))
-        engine.pace.drafting = lambda rows: n_draft > 0  # always: what is measured is what they bring
+        if drafts != "auto":
+            engine.pace.drafting = lambda rows: n_draft > 0
         engine.warm()
         for n, (prompt, text) in enumerate(zip(prompts, texts)):
 
@@ -40,7 +42,7 @@ def serve(loaded, prompts, n_draft: int, rows: int, temperature: float) -> tuple
     decoding = seconds - engine.counts["prefill_us"] / 1e6
     drafted, accepted = engine.drafted_at.tolist(), engine.accepted_at.tolist()
     return texts, {
-        "n_draft": n_draft,
+        "drafts": drafts,
         "rows": rows,
         "temperature": temperature,
         "tokens_per_s": len(prompts) * (NEW - 1) / decoding,
@@ -53,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--drafts", type=int, nargs="*", default=[0, 1, 2, 3])
+    parser.add_argument("--drafts", type=lambda s: s if s == "auto" else int(s), nargs="*", default=[0, 1, 2, "auto"])
     parser.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 0.7, 1.0])
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--out", type=Path)
@@ -70,8 +72,8 @@ def main() -> None:
     for n_rows in args.rows:
         for temperature in args.temperatures:
             plain = None
-            for n_draft in args.drafts:
-                texts, row = serve(loaded, prompts, n_draft, n_rows, temperature)
+            for drafts in args.drafts:
+                texts, row = serve(loaded, prompts, drafts, n_rows, temperature)
                 plain = plain or (texts, row["tokens_per_s"])
                 row |= {"same_text": texts == plain[0], "speed": row["tokens_per_s"] / plain[1]}
                 rows.append(row)
