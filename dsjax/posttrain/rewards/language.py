@@ -1,0 +1,54 @@
+"""Reward for staying in one language: the share of words of a chain of thought that are of it (R1, section 2.3)."""
+
+import re
+import unicodedata
+
+_SCRIPTS = {
+    "latin": ("en", "de", "fr", "es", "it", "pt", "nl", "pl", "tr", "vi"),
+    "cjk": ("zh",),
+    "hiragana": ("ja",),
+    "hangul": ("ko",),
+    "cyrillic": ("ru", "uk", "bg"),
+    "greek": ("el",),
+    "arabic": ("ar", "fa"),
+    "hebrew": ("he",),
+    "devanagari": ("hi",),
+    "thai": ("th",),
+}
+LANGUAGES = {language: script for script, languages in _SCRIPTS.items() for language in languages}
+_ALSO = {"hiragana": {"hiragana", "katakana", "cjk"}, "hangul": {"hangul", "cjk"}}
+_NOT_PROSE = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\[a-zA-Z]+|https?://\S+", re.DOTALL)
+_RUN = re.compile(r"[^\W\d_]+")
+
+
+def words_by_script(text: str) -> dict[str, int]:
+    """How many words of each script. A Chinese character or a kana is one; formulas, code and numbers are none."""
+    counts: dict[str, int] = {}
+    for run in _RUN.findall(_NOT_PROSE.sub(" ", text)):
+        last = None
+        for letter in run:
+            script = _script(letter)
+            if script is None:
+                continue
+            if script != last or script in ("cjk", "hiragana", "katakana"):
+                counts[script] = counts.get(script, 0) + 1
+            last = script
+    return counts
+
+
+def language_reward(text: str, language: str = "en") -> float:
+    """The share of words in the script of the language; 1 where there are none. Raises ValueError for an unknown one.
+
+    By script, so that it tells English from Chinese, which is what mixes, and not from German.
+    """
+    if language not in LANGUAGES:
+        raise ValueError(f"language={language!r}: expected one of {', '.join(sorted(LANGUAGES))}")
+    script, counts = LANGUAGES[language], words_by_script(text)
+    total = sum(counts.values())
+    own = sum(counts.get(name, 0) for name in _ALSO.get(script, {script}))
+    return own / total if total else 1.0
+
+
+def _script(letter: str) -> str | None:
+    name = unicodedata.name(letter, "").split(" ")[0].split("-")[0].lower()
+    return name or None

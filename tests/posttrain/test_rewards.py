@@ -1,0 +1,102 @@
+"""What rewards read out of a text, and what they give for it."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsjax.posttrain.rewards.answer import last_answer, last_boxed, number, plain
+from dsjax.posttrain.rewards.choice import choice_reward, chosen_letter
+from dsjax.posttrain.rewards.format import format_reward
+from dsjax.posttrain.rewards.language import language_reward, words_by_script
+
+
+@pytest.mark.parametrize(
+    "text, inside",
+    [
+        (r"so \boxed{4}", "4"),
+        (r"\boxed{1} no, \boxed{ 2 }", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed {x}", "x"),
+        (r"\fbox{1} \fboxed{3}", "3"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{1} and \boxed{2", "1"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{", None),
+        ("boxed{3}", None),
+        ("", None),
+    ],
+)
+def test_the_last_whole_box(text, inside):
+    assert last_boxed(text) == inside
+
+
+@given(st.text(alphabet="\\{}boxed ab1", max_size=40))
+def test_no_text_breaks_the_search_for_a_box(text):
+    inside = last_boxed(text)
+    assert inside is None or inside in text
+
+
+@given(st.recursive(st.text(alphabet="ab1", max_size=5), lambda inner: inner.map(lambda s: "{" + s + "}")))
+def test_what_is_put_in_a_box_comes_out(inner):
+    assert last_boxed(r"text \boxed{" + inner + "} text") == inner
+
+
+def test_the_last_answer_between_tags():
+    assert last_answer("<answer>1</answer> <answer> 2\n</answer>") == "2"
+    assert last_answer("<answer>1 <answer>2</answer>") == "2"
+    assert last_answer("<answer>1") is None
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("3", 3), ("-0.50", Fraction(-1, 2)), ("1,234,567", 1234567), ("$1/3$", Fraction(1, 3)),
+        ("50\\%", Fraction(1, 2)),
+        (r"\dfrac{7}{2}", Fraction(7, 2)), (r"-\frac12", Fraction(-1, 2)), ("1e3", 1000), ("1/0", None), ("x", None),
+        ("1/2/3", None), ("12,34", None), ("", None), (r"\text{ 42 }", 42), ("42.", 42), ("1e9999", None),
+    ],
+)  # fmt: skip
+def test_numbers(text, value):
+    assert number(plain(text)) == value
+
+
+WHOLE = "<think>because</think> <answer>4</answer>"
+
+
+def test_format():
+    assert format_reward(WHOLE) == format_reward(f"\n{WHOLE}\n") == 1
+    for wrong in (
+        "", "4", "<answer>4</answer>", "<think>a</think>4", WHOLE + "more", "before" + WHOLE, WHOLE + WHOLE,
+        "<answer>4</answer><think>a</think>", "<think>a<answer>4</answer></think>",
+        "<think> </think><answer> </answer>", "<think>a</think><think>b</think><answer>4</answer>",
+    ):  # fmt: skip
+        assert format_reward(wrong) == 0, wrong
+    assert format_reward(WHOLE.removeprefix("<think>"), begun=True) == 1 and format_reward(WHOLE, begun=True) == 0
+    assert format_reward("<think>a</think>\nIt is 4.", answer_tags=False) == 1
+    assert format_reward("<think>a</think>", answer_tags=False) == 0
+
+
+def test_language():
+    assert language_reward("Only English, with $x+y$ and 12 numbers") == 1
+    assert language_reward("") == language_reward("12 + 3 = 15") == 1
+    assert language_reward("So 我们 have") == 0.5 and language_reward("So 我们 have", "zh") == 0.5
+    assert language_reward("これは漢字です", "ja") == 1 and language_reward("это so", "ru") == 0.5
+    assert words_by_script("don't naïve") == {"latin": 3}
+    with pytest.raises(ValueError, match="language='klingon'"):
+        language_reward("x", "klingon")
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        (r"\boxed{B}", "B"), ("<think>A?</think> The answer is (c).", "C"), ("I think\nD.", "D"),
+        ("<answer>a</answer>", "A"),
+        ("The answer: **B**", "B"), ("The answer is Apple", None), ("<think>answer is A</think> no idea", None),
+        (r"\boxed{BC}", None), ("", None), ("It's option E, not option A? The answer is E", "E"),
+    ],
+)  # fmt: skip
+def test_the_letter_that_is_chosen(text, letter):
+    assert chosen_letter(text) == letter
+    assert choice_reward(text, "b") == float(letter == "B")
