@@ -1,0 +1,47 @@
+"""Reward for a program: from standard input to standard output, in the sandbox."""
+
+import re
+from collections.abc import Sequence
+
+from dsjax.posttrain.rewards.answer import without_thinking
+from dsjax.posttrain.rewards.sandbox import Bounds, run_python
+
+_FENCED = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def last_program(text: str) -> str | None:
+    """The last fenced block behind the thinking that is marked as Python, or not marked. None if there is none."""
+    blocks = [
+        body
+        for name, body in _FENCED.findall(without_thinking(text))
+        if name.lower() in ("", "py", "python", "python3")
+    ]
+    return blocks[-1] if blocks else None
+
+
+def code_reward(
+    text: str, tests: Sequence[tuple[str, str]], bounds: Bounds = Bounds(), *, partial: bool = False
+) -> float:
+    """1 if the last program of the text gives the expected output for every input, else 0; partial: the share of them.
+
+    tests: pairs of standard input and expected output, which are compared without spaces at the ends of lines and empty
+    lines at the end. Without `partial` the first wrong output ends it. Raises SandboxError where there is no sandbox,
+    and ValueError without tests.
+    """
+    if not tests:
+        raise ValueError("tests: expected at least one pair of input and output")
+    program = last_program(text)
+    if program is None:
+        return 0.0
+    right = 0
+    for given, expected in tests:
+        outcome = run_python(program, given, bounds)
+        good = outcome.reason == "exit" and outcome.code == 0 and _lines(outcome.output) == _lines(expected)
+        right += good
+        if not good and not partial:
+            return 0.0
+    return right / len(tests)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.rstrip().splitlines()]
