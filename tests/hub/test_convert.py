@@ -296,5 +296,5 @@ def test_bad_sources_are_told(tmp_path):
     for source, message in (("nowhere", "no such folder"), (tmp_path, "no config.json")):
         with pytest.raises(ConfigError, match=message):
             load(source)
-    with pytest.raises(ConfigError, match="dtype=int8: expected float32 or bfloat16"):
+    with pytest.raises(ConfigError, match="dtype=int8: expected float32, bfloat16 or fp8"):
         load(tmp_path, "int8")
