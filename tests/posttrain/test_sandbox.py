@@ -63,6 +63,7 @@ def outcomes(port):
     return {user: dict(zip([path.stem for path in PROGRAMS], of_user)) for user, of_user in by_user.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("user", ["us", "nobody"])
 @pytest.mark.parametrize("name", [path.stem for path in PROGRAMS])
 def test_a_hostile_program_is_contained(outcomes, name, user):
@@ -79,6 +80,7 @@ def test_a_hostile_program_is_contained(outcomes, name, user):
         assert outcome.output.startswith("refused"), outcome
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind(outcomes):
     def survivors():
         lines = (p / "cmdline" for p in Path("/proc").iterdir() if p.name.isdigit())
