@@ -92,9 +92,9 @@ def policy_loss(
     old, reference, sampler = (None if a is None else jax.lax.stop_gradient(a) for a in (old, reference, sampler))
     apart = jnp.where(mask, logp - old, 0)
     n_tokens = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
+    ratio = of_token = jnp.exp(apart)
     if objective.ratio == "sequence":
-        apart = jnp.broadcast_to(jnp.sum(apart, axis=1, keepdims=True) / n_tokens, apart.shape)
-    ratio = jnp.exp(apart)
+        ratio = jnp.broadcast_to(jnp.exp(jnp.sum(apart, axis=1, keepdims=True) / n_tokens), apart.shape)
     gain = advantage[:, None]
     clipped = jnp.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high)
     value = jnp.minimum(ratio * gain, clipped * gain)
@@ -111,9 +111,7 @@ def policy_loss(
         further = jnp.where(mask, reference - logp, 0)
         k3 = jnp.exp(further) - further - 1
         if objective.kl_weight:
-            penalty = k3
-            if objective.kl == "unbiased":
-                penalty = jnp.exp(jnp.where(mask, logp - old, 0)) * k3
+            penalty = of_token * k3 if objective.kl == "unbiased" else k3
             value = value - objective.kl_weight * penalty
     loss = -jnp.sum(jnp.where(mask, weights * value, 0))
     count = jnp.maximum(jnp.sum(mask), 1)

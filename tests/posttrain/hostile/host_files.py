@@ -7,7 +7,7 @@ for place in (
     "/etc/shadow",
     "/root/.ssh",
     "/home/*",
-    "/work",
+    "/srv/*",
     "/var/*",
     "/sys/*",
     "/run/*",
