@@ -13,10 +13,9 @@ import argparse
 import json
 import sys
 import time
-from pathlib import Path
 
 from benchmarks.common import machine
-from benchmarks.serving import Questions, Served, percentiles, served
+from benchmarks.serving import Questions, Served, parse, percentiles, served
 
 MAX_ROWS, LONGEST = 64, 1024
 COUNTS = {
@@ -148,18 +147,10 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, nargs="?", help="run folder to serve")
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 64])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--warm-s", type=float, default=10)
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
-    parser.add_argument("--table", type=Path, help="print the table of this JSON, and measure nothing")
-    args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return
-    if args.run is None:
-        parser.error("expected a run folder, or --table")
+    args = parse(parser, table)
     text = (args.run / "data" / "heldout.txt").read_text(encoding="utf-8", errors="replace")
     options = [f"--max-rows={MAX_ROWS}", f"--max-model-len={LONGEST}"]
     result = {"command": "python -m benchmarks.serve_load " + " ".join(sys.argv[1:]), "machine": machine()}

@@ -18,11 +18,10 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks.common import machine
-from benchmarks.serving import Questions, Served, served
+from benchmarks.serving import Questions, Served, parse, served
 
 OPTIONS = ["--max-rows=32", "--max-model-len=768", "--cache-tokens=4096"]
 WELL = ("as alone", "of the others", "left in the middle", "left before the first piece")
@@ -222,20 +221,12 @@ def table(result: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, nargs="?", help="run folder to serve")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--known", type=int, default=32, help="requests whose answers are known")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--any-shape", action="store_true", help="serve without --one-shape")
-    parser.add_argument("--out", type=Path, help="also write the JSON here")
-    parser.add_argument("--table", type=Path, help="print the table of this JSON, and measure nothing")
-    args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return
-    if args.run is None:
-        parser.error("expected a run folder, or --table")
+    args = parse(parser, table)
     result = {"command": "python -m benchmarks.serve_soak " + " ".join(sys.argv[1:]), "machine": machine()}
     result |= soak(args)
     if args.out:

@@ -3,6 +3,7 @@
 No JAX here: the process that asks is to leave the cores to the one that answers.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,17 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     if not ordered:
         return {}
     return {f"p{p}": round(1e3 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)], 2) for p in (50, 95, 99)}
+
+
+def parse(parser: argparse.ArgumentParser, table: Callable[[dict], str]) -> argparse.Namespace:
+    """The arguments, with those of every benchmark of the server; --table prints a kept result, and ends."""
+    parser.add_argument("run", type=Path, nargs="?", help="run folder to serve")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--table", type=Path, help="print the table of this JSON, and measure nothing")
+    args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        parser.exit()
+    if args.run is None:
+        parser.error("expected a run folder, or --table")
+    return args
