@@ -367,6 +367,45 @@ class FaultsConfig:
 
 
 @_config
+class GrpoConfig:
+    """Policy optimisation from rewards (reference section 7.5). batch_size counts answers, seq_len is of a prompt with
+    its answer."""
+
+    task: str = Field("", description="problems: a .jsonl file, gym:NAME, or parity:BITS")
+    rewards: str = Field("", description="PART:WEIGHT of the reward, separated by commas; empty = the task's own")
+    style: Literal["r1_zero", "chat", "plain"] = Field(
+        "r1_zero", description="how a prompt is put: R1-Zero's preamble, the chat template, or as it is"
+    )
+    objective: Literal["grpo", "r1", "dr_grpo", "dapo", "gspo", "v3_2"] = Field(
+        "r1", description="what is maximised (dsjax.posttrain.objective)"
+    )
+    clip_low: float | None = Field(None, ge=0, description="ratios below 1 less this gain nothing; none = objective's")
+    clip_high: float | None = Field(None, ge=0, description="nor do those above 1 and this; none = objective's")
+    kl_weight: float | None = Field(None, ge=0, description="of the distance to the reference; none = objective's")
+    group_size: int = Field(16, gt=1, description="answers to a prompt G")
+    updates: int = Field(1, gt=0, description="optimizer steps from the answers that were sampled at once")
+    temperature: float = Field(1.0, gt=0, le=100, description="of sampling, and of the probabilities that are learned")
+    max_tokens: int = Field(256, gt=0, description="longest answer")
+    overlong: Literal["keep", "mask", "penalty"] = Field(
+        "keep", description="an answer cut off at max_tokens: its reward stands, it is left out, or it pays for length"
+    )
+    overlong_buffer: int = Field(64, gt=0, description="last tokens of max_tokens over which the penalty grows to 1")
+    resample: int = Field(0, ge=0, description="times that groups whose answers have one reward are replaced by others")
+    max_staleness: int = Field(0, ge=0, description="steps that an answer may begin before it is learned from; 0 = none")
+    old_policy: Literal["sampler", "trainer"] = Field(
+        "sampler", description="whose log-probabilities are the ratio's denominator"
+    )
+    reference_every: int = Field(400, gt=0, description="steps after which the policy becomes the reference")
+    replay: bool = Field(True, description="the experts that sampling chose are those of training")
+    router_bias: Literal["frozen", "follow"] = Field("frozen", description="rest, or move by balance.bias_update_speed")
+    exact: bool = Field(False, description="sample with the training forward pass, bit for bit: slow, for debugging")
+    max_rows: int = Field(256, gt=0, description="answers sampled at once")
+    eval_prompts: int = Field(64, ge=0, description="held-out problems asked at an evaluation")
+    eval_samples: int = Field(4, gt=0, description="answers to each of them: pass@1 to pass@this")
+    eval_temperature: float = Field(1.0, ge=0, le=100, description="of these")
+
+
+@_config
 class EngineConfig:
     """How a model is served."""
 
@@ -375,6 +414,7 @@ class EngineConfig:
     cache_tokens: int | None = Field(None, gt=0, description="tokens in the cache; none = max_rows of max_model_len")
     page_size: int | None = Field(None, gt=0, description="tokens a page of the cache; none = 32 on CPUs, else 128")
     prefill_chunk: int = Field(128, gt=0, description="tokens of a prompt read at once; beginnings shared by prompts")
+    prefill_rows: int = Field(1, gt=0, description="prompts read at once, over all devices")
     n_draft: int = Field(1, ge=0, le=8, description="tokens drafted a step by multi-token prediction; 0 = none")
     redundant_experts: int = Field(0, ge=0, description="places for experts beside one each, for those of high load")
     rebalance_steps: int = Field(1000, gt=0, description="steps after which the experts get new places by their load")
@@ -431,8 +471,13 @@ class Config:
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     compute: ComputeConfig = Field(default_factory=ComputeConfig)
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
+    grpo: GrpoConfig | None = None
 
     def __post_init__(self):
+        if self.grpo is not None and self.batch_size % self.grpo.group_size:
+            raise ConfigError(
+                f"grpo.group_size={self.grpo.group_size}: expected a divisor of batch_size={self.batch_size}"
+            )
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate={self.accumulate}: expected a divisor of batch_size={self.batch_size}")
         rows, start = self.batch_size // self.accumulate, self.batch_size_start

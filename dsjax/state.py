@@ -164,6 +164,30 @@ class TrainState:
 
 
 @struct.dataclass
+class PolicyState(TrainState):
+    """The same, of a policy that is kept near to another one."""
+
+    reference: Any  # DeepSeek, or None where there is no such distance
+    reference_bias: Any  # RouterBias or None
+
+
+@struct.dataclass
+class Rollout:
+    """Prompts with their answers, one a row. What is said of a token stands at the place before it, whose hidden state
+    predicts it."""
+
+    batch: Batch  # [B, T]
+    mask: jax.Array  # [B, T] bool, tokens of answers that are learned from
+    sampler: jax.Array  # [B, T] float32, log-probability as the sampler said
+    old: jax.Array  # [B, T] float32, under the policy that the ratio is to
+    reference: Any  # [B, T] float32, under the reference policy, or None
+    advantage: jax.Array  # [B] float32
+    weights: jax.Array  # [B, T] float32, what each token counts in the whole batch
+    fresh: jax.Array  # [B, T] bool, sampled by the weights that learn
+    experts: Any  # [L, B, T, K] int32, of the token at this place while sampling, -1: not known; or None
+
+
+@struct.dataclass
 class RouterBias:
     """Bias of the choice of experts, moved by load and not by gradient."""
 

@@ -27,9 +27,9 @@ from dsjax.infer.pages import Pool, chunk_names
 from dsjax.infer.requests import Request, Sampled
 from dsjax.model.cache import fetch, new_pages, put
 from dsjax.model.moe import rearrange
-from dsjax.model.transformer import unstack
+from dsjax.model.transformer import DeepSeek, unstack
 from dsjax.precision import RECIPES, cast_weights, in_fp8, weight_name
-from dsjax.state import Flat, Replicas, Rows, Sampling, Stepped, Weights
+from dsjax.state import Flat, Replicas, RouterBias, Rows, Sampling, Stepped, Weights
 from sharding.rules import RULES, spec
 
 _TRY_EVERY, _TRY_FOR = 128, 4  # steps: how often and how long the way is taken that does not seem to pay
@@ -55,13 +55,9 @@ class Engine:
         self.n_draft = min(options.n_draft, 8) if cfg.num_nextn_predict_layers else 0
         self.longest = min(options.max_model_len or cfg.max_position_embeddings, cfg.max_position_embeddings)
 
-        model = cast_weights(loaded.model, self.compute.precision)
-        self.weights, self.placement = Weights(model, None, loaded.router_bias), None
+        self.counts: Counter[str] = Counter()
         self.load = np.zeros((cfg.num_moe_layers, cfg.n_routed_experts), np.int64)
-        self._load_then, self._placed_at = self.load.copy(), 0  # when the experts got their places
-        if options.redundant_experts:
-            self._replicate()
-        self._ready()
+        self._set_weights(loaded.model, loaded.router_bias)
 
         size = options.page_size
         per_row = -(-(self.longest + 1) // size)
@@ -75,11 +71,12 @@ class Engine:
         self.row_sizes = _sizes(self.rows_a_shard if one else 1, self.rows_a_shard)
         self.page_sizes = _sizes(per_row if one else min(per_row, max(1, 256 // size)), per_row)
         self.chunk_sizes = _sizes(min(32, options.prefill_chunk), options.prefill_chunk)
+        most = -(-options.prefill_rows // self.n_shards)
+        self.prefill_sizes = _sizes(most if one else 1, most)
 
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._came: deque[Request | int] = deque()  # requests, and the ids of those to end
-        self.counts: Counter[str] = Counter()
         self.accepted_at = np.zeros(max(1, self.n_draft), np.int64)
         self.drafted_at = np.zeros(max(1, self.n_draft), np.int64)
         self.pace = _Pace(self.n_draft)
@@ -90,7 +87,12 @@ class Engine:
         n, dtype = self.n_pages * self.n_shards, RECIPES[self.compute.precision].dtype
         make = functools.partial(new_pages, self.cfg, n, self.options.page_size, dtype, n_mtp=self.n_draft > 0)
         self.pages = jax.jit(make)()
+        self._forget_chunks()
+
+    def _forget_chunks(self) -> None:
+        """Pages that nobody holds, and of no chunk is it known where it lies."""
         self.pools = [Pool(self.n_pages) for _ in range(self.n_shards)]
+        self._experts_of: dict[bytes, np.ndarray] = {}  # chunk -> its tokens' experts, where a request asked for them
 
     def reset(self, reason: str) -> None:
         """Ends all requests, and starts again on an empty cache: after a step that failed, its pages are gone."""
@@ -99,7 +101,25 @@ class Engine:
             self._end(request, reason)
         self._empty()
 
-    # Experts
+    # Weights
+
+    def renew(self, model: DeepSeek, router_bias: RouterBias) -> None:
+        """Goes on with other weights of the same network; no array is copied but for CPUs, and they must live as long
+        as they are used. Raises ValueError while there are requests: what is in the cache is of the old weights.
+        """
+        if self.busy:
+            raise ValueError(f"renew: {len(self.running) + len(self.waiting)} requests are not done; expected none")
+        self._forget_chunks()
+        self._set_weights(model, router_bias)
+
+    def _set_weights(self, model: DeepSeek, router_bias: RouterBias) -> None:
+        self._flat = None
+        self.weights = Weights(cast_weights(model, self.compute.precision), None, router_bias)
+        self.placement = None
+        self._load_then, self._placed_at = self.load.copy(), self.counts["steps"]  # when the experts got their places
+        if self.options.redundant_experts:
+            self._replicate()
+        self._ready()
 
     def _ready(self) -> None:
         """The weights as the programs take them.
@@ -177,11 +197,17 @@ class Engine:
 
         drafts = sorted({0, self.n_draft})
         steps = [(b, w, k) for b in self.row_sizes for w in self.page_sizes for k in drafts]
-        chunks = [(t, w) for t in self.chunk_sizes for w in self.page_sizes if w * self.options.page_size >= t]
+        chunks = [
+            (b, t, w)
+            for b in self.prefill_sizes
+            for t in self.chunk_sizes
+            for w in self.page_sizes
+            if w * self.options.page_size >= t
+        ]
         with tqdm(total=len(steps) + len(chunks), desc="compiling", disable=not progress, leave=False) as bar:
-            for t, w in chunks:
-                rows, none = self._idle_rows(1, w), np.zeros((self.n_shards, t), np.int32)
-                nothing = np.zeros(self.n_shards, np.int32)
+            for b, t, w in chunks:
+                rows, none = self._idle_rows(b, w), np.zeros((self.n_shards * b, t), np.int32)
+                nothing = np.zeros(self.n_shards * b, np.int32)
                 self.pages, _ = programs.prefill(
                     self._flat, self.pages, rows.replace(tokens=none), none, nothing,
                     compute=self.compute, n_draft=self.n_draft, want_prompt=False,
@@ -280,6 +306,10 @@ class Engine:
             return False
         request.pages = shared + more
         request.length = request.n_cached = len(shared) * self.options.page_size
+        if request.keep_experts:
+            shape = self.cfg.num_moe_layers, len(request.prompt), self.cfg.num_experts_per_tok
+            request.prompt_experts = np.full(shape, -1, np.int32)
+            self._know_experts(request, 0, request.length)
         request.prompt_said = []  # of a reading that was broken off
         return True
 
@@ -295,6 +325,15 @@ class Engine:
         request.pages[own] = shared
         request.length += len(shared) * size
         request.n_cached += len(shared) * size
+        if request.keep_experts:
+            self._know_experts(request, start, request.length)
+
+    def _know_experts(self, request: Request, start: int, stop: int) -> None:
+        """Those of shared chunks of its prompt, where a request that read them asked for them."""
+        chunk = self.options.prefill_chunk
+        for i in range(start // chunk, stop // chunk):
+            if (known := self._experts_of.get(request.chunks[i])) is not None:
+                request.prompt_experts[:, i * chunk : (i + 1) * chunk] = known
 
     def _n_pages(self, n_tokens: int) -> int:
         return -(-min(n_tokens, self.longest + 1) // self.options.page_size)
@@ -330,30 +369,27 @@ class Engine:
     # Steps
 
     def _prefill(self) -> int:
-        """A chunk of the oldest prompt of each shard that is not read yet; the most tokens of a shard."""
-        todo = [next((r for r in self.running if r.shard == s and not r.prefilled), None) for s in range(self.n_shards)]
-        if not any(todo):
+        """A chunk of each of the oldest prompts of each shard that are not read yet; the most tokens of one."""
+        todo = [self._to_read(shard) for shard in range(self.n_shards)]
+        most = max(map(len, todo))
+        if not most:
             return 0
-        for request in filter(None, todo):
-            self._share_more(request)
-        chunk = self.options.prefill_chunk
-        spans = [r and (r.length, min(len(r.prompt), r.length - r.length % chunk + chunk)) for r in todo]
-        t = next(n for n in self.chunk_sizes if n >= max(stop - start for start, stop in filter(None, spans)))
+        b = next(n for n in self.prefill_sizes if n >= most)
+        placed, chunk = _placed(todo, b), self.options.prefill_chunk
+        spans = [(r.length, min(len(r.prompt), r.length - r.length % chunk + chunk)) for _, r in placed]
+        t = next(n for n in self.chunk_sizes if n >= max(stop - start for start, stop in spans))
         # As many pages as the chunk's place asks for, whatever the prompt's length: what others may share is the same.
-        reach = max(r.length - r.length % chunk + chunk for r in todo if r) + 2 * self.n_draft
-        rows = self._rows([[r] if r else [] for r in todo], 1, self._n_pages(reach))
-        tokens, following = np.zeros((2, self.n_shards, t), np.int32)
-        n_new = np.zeros(self.n_shards, np.int32)
-        for i, (request, span) in enumerate(zip(todo, spans)):
-            if request is None:
-                continue
-            start, stop = span
+        reach = max(r.length - r.length % chunk + chunk for _, r in placed) + 2 * self.n_draft
+        rows = self._rows(todo, b, self._n_pages(reach))
+        tokens, following = np.zeros((2, self.n_shards * b, t), np.int32)
+        n_new = np.zeros(self.n_shards * b, np.int32)
+        for (i, request), (start, stop) in zip(placed, spans):
             tokens[i, : stop - start] = request.prompt[start:stop]
             behind = [*request.prompt[start + 1 : stop + 1]]
             following[i, : len(behind)] = behind
             following[i, len(behind) :] = -1
             n_new[i] = stop - start
-        want = any(r is not None and r.prompt_logprobs is not None for r in todo)
+        want = any(r.prompt_logprobs is not None for _, r in placed)
         began = time.perf_counter()
         self.pages, out = programs.prefill(
             self._flat,
@@ -368,10 +404,26 @@ class Engine:
         out = jax.device_get(out)
         self.counts["prefill_steps"] += 1
         self.counts["prefill_us"] += int(1e6 * (time.perf_counter() - began))
-        for i, (request, span) in enumerate(zip(todo, spans)):
-            if request is not None:
-                self._chunk_read(request, i, span, out, following[i])
+        for (i, request), span in zip(placed, spans):
+            self._chunk_read(request, i, span, out, following[i])
         return int(n_new.max())
+
+    def _to_read(self, shard: int) -> list[Request]:
+        """The oldest requests of a shard whose prompts are not read, up to prefill_rows of all shards. One whose next
+        chunk another of them reads waits for that: it will be shared."""
+        chunk, chosen, reading = self.options.prefill_chunk, [], set()
+        for request in self.running:
+            if request.shard != shard or request.prefilled:
+                continue
+            self._share_more(request)
+            shared = request.chunks[request.length // chunk : (len(request.tokens) - 1) // chunk][:1]
+            if shared and shared[0] in reading and request.prompt_logprobs is None:
+                continue
+            reading.update(shared)
+            chosen.append(request)
+            if len(chosen) == self.prefill_sizes[-1]:
+                break
+        return chosen
 
     def _chunk_read(self, request: Request, i: int, span: tuple[int, int], out: Stepped, following) -> None:
         start, stop = span
@@ -385,9 +437,13 @@ class Engine:
             ]
         request.length = stop
         chunk, size = self.options.prefill_chunk, self.options.page_size
+        if request.keep_experts:
+            request.prompt_experts[:, start:stop] = out.indices[:, i, :n]
         if start % chunk == 0 and n == chunk:
-            pages = request.pages[start // size : stop // size]
-            self.pools[request.shard].remember(request.chunks[start // chunk], pages)
+            pages, name = request.pages[start // size : stop // size], request.chunks[start // chunk]
+            self.pools[request.shard].remember(name, pages)
+            if request.keep_experts:
+                self._experts_of[name] = request.prompt_experts[:, start:stop].copy()
         if stop == len(request.prompt):
             self.counts["prompt_tokens"] += stop
             self.counts["cached_tokens"] += request.n_cached

@@ -62,6 +62,7 @@ class Request:
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    keep_experts: bool = False  # of the prompt's tokens, in prompt_experts
     grammar: Grammar | None = None
     tell: Callable[[list[Sampled]], bool | None] = lambda tokens: None
     done: Callable[[str], None] = lambda reason: None
@@ -79,6 +80,7 @@ class Request:
     shard: int = 0
     n_cached: int = 0  # tokens of the prompt that were in the cache already
     prompt_said: list[Sampled | None] = field(default_factory=list)  # logprobs of the prompt's tokens
+    prompt_experts: np.ndarray | None = None  # [expert layers, tokens, K] int32 of the prompt; -1: not known
     n_drafted: int = 0
     n_accepted: int = 0
 

@@ -179,11 +179,18 @@ class MoE(nnx.Module):
         self.n_shared_experts = cfg.n_shared_experts
 
     def __call__(
-        self, x: Float[Array, "B T D"], bias: Float[Array, "E"], compute: ComputeConfig = ComputeConfig()
+        self,
+        x: Float[Array, "B T D"],
+        bias: Float[Array, "E"],
+        compute: ComputeConfig = ComputeConfig(),
+        replay: Int[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing, Int[Array, ""]]:
-        """The layer's output, where its tokens went, and how many rows and pairs did not fit the experts' buffers."""
+        """The layer's output, where its tokens went, and how many rows and pairs did not fit the experts' buffers.
+
+        replay: experts to send tokens to, as `Router` takes them.
+        """
         recipe = recipe_of(compute)
-        routing = self.router(x, bias, dtype=recipe.router)
+        routing = self.router(x, bias, replay, recipe.router)
         y, overflow = self.experts(x, routing, compute)
         return self._with_shared(x, y, recipe.shared), routing, overflow
 

@@ -27,13 +27,14 @@ class Router(nnx.Module):
     ) -> Routing:
         """Routing of every token; with `indices` given, those are replayed and only their weights are computed.
 
-        dtype: of the product's operands; all else is float32.
+        Where the first of a token's indices is negative, its experts are chosen. dtype: of the product's operands; all
+        else is float32.
         """
         operands = x.astype(dtype), self.weight[...].astype(dtype)
         logits = jnp.einsum("btd,de->bte", *operands, preferred_element_type=jnp.float32)
         scores = jax.nn.sigmoid(logits) if self.cfg.scoring_func == "sigmoid" else jax.nn.softmax(logits, axis=-1)
-        if indices is None:
-            indices = checkpoint_name(choose_experts(jax.lax.stop_gradient(scores), bias, self.cfg), "routing")
+        chosen = checkpoint_name(choose_experts(jax.lax.stop_gradient(scores), bias, self.cfg), "routing")
+        indices = chosen if indices is None else jnp.where(indices[..., :1] < 0, chosen, indices)
         return Routing(indices, gate_weights(scores, indices, self.cfg), scores)
 
 

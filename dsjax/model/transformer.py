@@ -87,13 +87,14 @@ class Block(nnx.Module):
         bias: Float[Array, "E"] | None,
         balance: BalanceConfig,
         compute: ComputeConfig,
+        replay: Int[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Layer | None]:
         """x after the block, and an MoE block's load."""
         y = self.attn(self.attn_norm(x), rope, segment_ids, compute)
         x = checkpoint_name(x + y, "attn_residual")
         if self.kind == "dense":
             return x + self.ffn(self.ffn_norm(x), recipe_of(compute).mlp), None
-        y, routing, overflow = self.ffn(self.ffn_norm(x), bias, compute)
+        y, routing, overflow = self.ffn(self.ffn_norm(x), bias, compute, replay)
         valid = segment_ids > 0
         return x + y, Layer(expert_load(routing, valid), balance_losses(routing, valid, self.cfg, balance), overflow)
 
@@ -137,32 +138,43 @@ class DeepSeek(nnx.Module):
         router_bias: RouterBias,
         compute: ComputeConfig = ComputeConfig(),
         balance: BalanceConfig = BalanceConfig(),
+        replay: Int[Array, "L B T K"] | None = None,
+        detach_mtp: bool = False,
     ) -> Outputs:
-        """Hidden states of every position; `logits` of them are the predictions of the next tokens."""
+        """Hidden states of every position; `logits` of them are the predictions of the next tokens.
+
+        replay: experts of the trunk's MoE layers, as `Router` takes them. detach_mtp: no gradient of multi-token
+        prediction goes to the trunk and the embedding.
+        """
         rope = rope_tables(batch.positions, self.cfg)
 
-        def block(x, layer, bias, segment_ids):
-            def whole(x, rope, segment_ids):
-                return layer(x, rope, segment_ids, bias, balance, compute)
+        def block(x, layer, bias, segment_ids, replay=None):
+            def whole(x, rope, segment_ids, replay):
+                return layer(x, rope, segment_ids, bias, balance, compute, replay)
 
             if compute.overlap == "none":
-                return whole(x, rope, segment_ids)
+                return whole(x, rope, segment_ids, replay)
             # Neither half waits for the other: what one sends may travel while the other computes.
-            (x, said), (y, also) = (whole(*half) for half in halves((x, rope, segment_ids)))
+            (x, said), (y, also) = (whole(*half) for half in halves((x, rope, segment_ids, replay)))
             return join(x, y), jax.tree.map(jnp.add, said, also)
 
         block = remat(block, compute.remat)
         x = self._embed(batch.tokens, compute)
         x, _ = _scan(lambda x, layer: block(x, layer, None, batch.segment_ids), x, self.dense, compute.scan_layers)
-        layers = (self.moe, router_bias.moe)
-        x, said = _scan(lambda x, xs: block(x, *xs, batch.segment_ids), x, layers, compute.scan_layers)
+
+        def moe(x, xs):
+            layer, bias, replay = xs
+            return block(x, layer, bias, batch.segment_ids, replay)
+
+        x, said = _scan(moe, x, (self.moe, router_bias.moe, replay), compute.scan_layers)
         hidden = self.norm(x)
 
-        depths, mtp_hidden, recycled = [], [], hidden if self.cfg.mtp_hidden == "post_norm" else x
+        held = jax.lax.stop_gradient if detach_mtp else lambda a: a
+        depths, mtp_hidden, recycled = [], [], held(hidden if self.cfg.mtp_hidden == "post_norm" else x)
         for k in range(self.cfg.num_nextn_predict_layers):
             read, mtp_block = _layer(self.mtp_input, k), _layer(self.mtp_block, k)
             tokens, segment_ids = look_ahead(batch, k + 1)
-            embedding = hide(self._embed(tokens, compute), segment_ids)
+            embedding = hide(held(self._embed(tokens, compute)), segment_ids)
             x = read(embedding, recycled, recipe_of(compute).eh_proj)
             # Positions stay those of the trunk; a place whose token lies in another document takes no part.
             x, depth = block(x, mtp_block, router_bias.mtp[k], segment_ids)

@@ -38,20 +38,21 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 class Measured(NamedTuple):
-    """Of one batch, each a mean over the tokens of answers."""
+    """Sums over the tokens of answers."""
 
-    clipped: jax.Array  # [] share of tokens whose ratio brings no gradient
+    clipped: jax.Array  # [] tokens whose ratio brings no gradient
     kl: jax.Array  # [] k3 to the reference, nats
-    left_out: jax.Array  # [] share of tokens of answers that are too far from the policy
+    left_out: jax.Array  # [] tokens of answers that are too far from the policy
 
 
 def advantages(rewards: Float[Array, "N G"], scale: bool = True) -> Float[Array, "N G"]:
     """Each answer's reward less the mean of its group, over their standard deviation; 0 where all are alike."""
-    centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
+    # A mean of equal numbers is not always that number: what rounding leaves must not be divided by itself.
+    alike = jnp.max(rewards, axis=1, keepdims=True) == jnp.min(rewards, axis=1, keepdims=True)
+    centred = jnp.where(alike, 0, rewards - jnp.mean(rewards, axis=1, keepdims=True))
     if not scale:
         return centred
-    spread = jnp.std(rewards, axis=1, keepdims=True)
-    return jnp.where(spread > 0, centred / jnp.where(spread > 0, spread, 1), 0)
+    return centred / jnp.where(alike, 1, jnp.std(rewards, axis=1, keepdims=True))
 
 
 def token_weights(
@@ -114,6 +115,5 @@ def policy_loss(
             penalty = of_token * k3 if objective.kl == "unbiased" else k3
             value = value - objective.kl_weight * penalty
     loss = -jnp.sum(jnp.where(mask, weights * value, 0))
-    count = jnp.maximum(jnp.sum(mask), 1)
-    mean = lambda a: jnp.sum(jnp.where(mask, a, 0)) / count  # noqa: E731
-    return loss, Measured(mean(clipped * gain < ratio * gain), mean(k3), mean(~kept))
+    of_answers = lambda a: jnp.sum(jnp.where(mask, a, 0.0))  # noqa: E731
+    return loss, Measured(*map(of_answers, (clipped * gain < ratio * gain, k3, ~kept)))

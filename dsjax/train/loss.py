@@ -81,6 +81,42 @@ def cross_entropy(
     )(hidden, constrain(head, "embed", "vocab"), targets, valid)
 
 
+def token_logprobs(
+    hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], temperature: Float[Array, ""]
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """log softmax(hidden head / temperature)[target] of every position, and the entropy of that distribution; nats.
+
+    Logits exist for one chunk of tokens at a time, in the backward pass too. No gradient goes through the entropy.
+    """
+    tokens = spec("batch", "seq")
+
+    def local(h, w, t, temperature):
+        w = whole(w, RULES["embed"])
+        chunks = _chunks(w, h.reshape(-1, h.shape[-1]), t.reshape(-1))
+        logp, entropy = lax.map(jax.checkpoint(lambda chunk: _logprobs(w, *chunk, temperature)), chunks)
+        return tuple(a.reshape(-1)[: t.size].reshape(t.shape) for a in (logp, lax.stop_gradient(entropy)))
+
+    return jax.shard_map(
+        local,
+        in_specs=(spec("batch", "seq", None), spec("embed", "vocab"), tokens, spec()),
+        out_specs=(tokens, tokens),
+        check_vma=False,
+    )(hidden, constrain(head, "embed", "vocab"), targets, temperature)
+
+
+def _logprobs(w, h, targets, temperature):
+    """Of a chunk; w is this device's shard of the vocabulary."""
+    logits = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32) / temperature
+    hot = targets[:, None] == jnp.arange(w.shape[1]) + lax.axis_index("tensor") * w.shape[1]
+    top = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), "tensor")
+    exp = jnp.exp(logits - top[:, None])
+    total = lax.psum(jnp.sum(exp, axis=-1), "tensor")
+    target = lax.psum(jnp.sum(jnp.where(hot, logits, 0), axis=-1), "tensor")
+    log_total = jnp.log(total) + top
+    mean = lax.psum(jnp.sum(exp * logits, axis=-1), "tensor") / total
+    return target - log_total, log_total - mean
+
+
 @jax.custom_vjp
 def _chunked(h, w, targets, valid):
     w = whole(w, RULES["embed"])
@@ -115,12 +151,12 @@ def _chunked_bwd(grads, g):
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def _chunks(w, h, targets, valid):
+def _chunks(w, h, *others):
     n = h.shape[0]
     size = min(n, max(_CHUNK_TOKENS, _CHUNK_ELEMENTS // w.shape[1]))
     pad = -n % size
     return tuple(
-        jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))).reshape(-1, size, *a.shape[1:]) for a in (h, targets, valid)
+        jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))).reshape(-1, size, *a.shape[1:]) for a in (h, *others)
     )
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from dsjax.config import Config
 from dsjax.model.balance import max_violation, update_bias
@@ -66,29 +67,12 @@ def train_step(
         good &= ~spike
     norms, medians_before = leaf_norms(grads), medians(state.history)
 
-    grads = clip(grads, norm, config.optimizer.clip_norm)
-    updates, opt_state = make_optimizer(config.optimizer).update(grads, state.opt_state, state.model)
-    model = jax.tree.map(lambda w, u: w - knobs["learning_rate"] * u, state.model, updates)
-    ema = state.ema
-    if ema is not None:
-        decay = config.optimizer.ema_decay
-        ema = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, ema, model)
-    bias = state.router_bias
-    if config.model.topk_method == "noaux_tc":
-        bias = jax.tree.map(lambda b, load: update_bias(b, load, knobs["bias_update_speed"]), bias, parts.load)
-
-    def keep(new, old):
-        return jax.tree.map(lambda n, o: jnp.where(good & taken, n, o), new, old)
-
-    state = TrainState(
+    new = updated(state, grads, norm, parts.load, knobs, config)
+    new = new.replace(history=remember(state.history, parts.loss, norm))
+    state = jax.tree.map(lambda n, o: jnp.where(good & taken, n, o), new, state).replace(
         step=state.step + taken,
-        model=keep(model, state.model),
-        opt_state=keep(opt_state, state.opt_state),
-        router_bias=keep(bias, state.router_bias),
-        ema=keep(ema, state.ema),
         skipped=state.skipped + (taken & ~good),
         skipped_in_a_row=jnp.where(taken, jnp.where(good, 0, state.skipped_in_a_row + 1), state.skipped_in_a_row),
-        history=keep(remember(state.history, parts.loss, norm), state.history),
     )
     max_vio = jnp.concatenate([max_violation(parts.load.moe), max_violation(parts.load.mtp)])
     return state, Metrics(
@@ -105,6 +89,29 @@ def train_step(
         medians_before,
         norms,
     )
+
+
+def updated(
+    state: TrainState,
+    grads: DeepSeek,
+    norm: Float[Array, ""],
+    load: RouterBias,
+    knobs: dict[str, jax.Array],
+    config: Config,
+) -> TrainState:
+    """The state with weights, their average and the optimizer's state a step further, by gradients of this global norm,
+    and the router bias by the load of every expert."""
+    grads = clip(grads, norm, config.optimizer.clip_norm)
+    updates, opt_state = make_optimizer(config.optimizer).update(grads, state.opt_state, state.model)
+    model = jax.tree.map(lambda w, u: w - knobs["learning_rate"] * u, state.model, updates)
+    ema = state.ema
+    if ema is not None:
+        decay = config.optimizer.ema_decay
+        ema = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, ema, model)
+    bias = state.router_bias
+    if config.model.topk_method == "noaux_tc":
+        bias = jax.tree.map(lambda b, load: update_bias(b, load, knobs["bias_update_speed"]), bias, load)
+    return state.replace(model=model, opt_state=opt_state, ema=ema, router_bias=bias)
 
 
 def micro_gradients(
