@@ -66,7 +66,12 @@ def count(rollout: Rollout, depth: int) -> Counts:
 
 
 def policy_gradients(
-    model: DeepSeek, router_bias: RouterBias, rollout: Rollout, counts: Counts, mtp_weight: Float[Array, ""], config: Config
+    model: DeepSeek,
+    router_bias: RouterBias,
+    rollout: Rollout,
+    counts: Counts,
+    mtp_weight: Float[Array, ""],
+    config: Config,
 ) -> tuple[DeepSeek, Parts]:
     """A micro-batch's share of the gradient of the loss, and its parts.
 
@@ -80,7 +85,9 @@ def policy_gradients(
         model = cast_weights(model, config.compute.precision)
         out = model(batch, router_bias, config.compute, config.balance, rollout.experts, detach_mtp=True)
         head = model.head[...]
-        logp, entropy = token_logprobs(out.hidden, head, shift_left(batch.tokens, 1), jnp.float32(config.grpo.temperature))
+        logp, entropy = token_logprobs(
+            out.hidden, head, shift_left(batch.tokens, 1), jnp.float32(config.grpo.temperature)
+        )
         policy, measured = policy_loss(
             logp, rollout.old, rollout.reference, rollout.sampler, rollout.advantage, mask, rollout.weights, objective
         )
@@ -158,5 +165,5 @@ class Programs:
         self.gradients = jax.jit(functools.partial(policy_gradients, config=config))
         self.count = jax.jit(count, static_argnums=1)
         self.add = jax.jit(add, donate_argnums=(0, 1))
-        self.apply = jax.jit(functools.partial(apply, config=config), donate_argnums=(0, 1))
+        self.apply = jax.jit(functools.partial(apply, config=config), donate_argnums=0)
         self.score = jax.jit(functools.partial(score, compute=config.compute))

@@ -35,8 +35,17 @@ _RESUMABLE = (
     "mesh.",
     "compute.",
     "faults.",
+    "grpo.",
 )
-_FIXED = ("optimizer.ema_decay", "optimizer.name", "optimizer.moments_dtype", "faults.spike_window")
+_FIXED = (
+    "optimizer.ema_decay",
+    "optimizer.name",
+    "optimizer.moments_dtype",
+    "faults.spike_window",
+    "grpo.task",
+    "grpo.objective",
+    "grpo.kl_weight",
+)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsjax.train.lines import number, read_lines
 
-WRITTEN = ("step", "compile", "input", "checkpoint", "eval", "check", "rollback", "restart")
+WRITTEN = ("step", "sample", "compile", "input", "checkpoint", "eval", "check", "rollback", "restart")
 DERIVED = ("lost", "idle", "other")
 CATEGORIES = (*WRITTEN, *DERIVED)
 

@@ -1,0 +1,404 @@
+"""Policy optimisation from rewards: sample groups of answers from the weights as they are, judge them, take a step.
+
+    train(config, Path("runs/mine-grpo"), source=Path("runs/mine"))
+
+The folder is a run folder like that of pre-training, which it can be generated from, served and reported on; samples/
+holds answers to held-out problems as text. A run that was ended goes on with the same answers and rewards.
+"""
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsjax.config import Config, ConfigError, EngineConfig, more_room, replace
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.files import write_text
+from dsjax.hub.load import Loaded
+from dsjax.infer.engine import Engine
+from dsjax.infer.requests import Request
+from dsjax.posttrain import rows
+from dsjax.posttrain.evaluate import pass_at_k
+from dsjax.posttrain.policy import Programs, objective_of
+from dsjax.posttrain.rollouts import Group, Rollouts
+from dsjax.posttrain.tasks import Task, encode, open_task
+from dsjax.state import PolicyState
+from dsjax.train import phase
+from dsjax.train.checkpoint import Checkpoints, abstract_state
+from dsjax.train.folder import adopt, owned, run_tokenizer
+from dsjax.train.layout import device_mesh, devices
+from dsjax.train.loop import Journal, machine
+from dsjax.train.metrics import Recorder
+from dsjax.train.report import Report
+from dsjax.train.schedule import Schedule
+from dsjax.train.signals import Signals, Stopped
+from dsjax.train.step import start_state
+
+SHOWN = 4  # problems of an evaluation whose answers are kept as text
+
+
+def train(
+    config: Config,
+    run_folder: Path | str,
+    *,
+    source: Path | str | None = None,
+    explicit: dict[str, Any] | None = None,
+    quiet: bool = False,
+    task: Task | None = None,
+) -> dict[str, Any]:
+    """Trains, or goes on with the run that the folder holds; returns the last numbers of an evaluation.
+
+    source: the run whose newest checkpoint a new one begins with. task: instead of the one that config.grpo.task names.
+    SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises ConfigError for what the user can mend.
+    """
+    run_folder, report, signals = Path(run_folder), Report(quiet), Signals()
+    devices()
+    if jax.process_count() > 1:
+        raise ConfigError(f"grpo: expected one process, there are {jax.process_count()}")
+    try:
+        with signals, owned(run_folder), contextlib.ExitStack() as open_:
+            config = phase.begin(config, run_folder, source and Path(source), explicit or {})
+            config = adopt(config, run_folder, explicit or {}, report.say)
+            check(config)
+            mesh = device_mesh(config)
+            tokenizer = run_tokenizer(run_folder)
+            task = task or open_.enter_context(
+                open_task(config.grpo.task, weights=config.grpo.rewards, seed=config.seed)
+            )
+            journal = Journal(run_folder, report)
+            checkpoints = Checkpoints(
+                run_folder,
+                config.keep_checkpoints,
+                keep_every=config.keep_every,
+                tell=lambda step, text: journal.tell(step, "checkpoint", text),
+            )
+            with jax.set_mesh(mesh), contextlib.closing(journal), checkpoints:
+                return Run(config, run_folder, mesh, tokenizer, task, checkpoints, journal, report, signals).go()
+    except Stopped as stop:
+        report.say(f"{stop}: ended before a step was taken; the same command starts again")
+        return {}
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for what cannot be."""
+    grpo = config.grpo
+    if grpo is None:
+        raise ConfigError("grpo: expected a configuration with this section; `dsjax grpo` makes one")
+    if grpo.max_tokens >= config.seq_len:
+        raise ConfigError(f"grpo.max_tokens={grpo.max_tokens}: expected less than seq_len={config.seq_len}")
+    if config.steps % grpo.updates or config.checkpoint_every % grpo.updates:
+        raise ConfigError(
+            f"grpo.updates={grpo.updates}: expected a divisor of steps={config.steps} and "
+            f"checkpoint_every={config.checkpoint_every}"
+        )
+
+
+class Run:
+    """One call of `train`, past the reading of settings."""
+
+    def __init__(self, config, run_folder, mesh, tokenizer, task, checkpoints, journal, report, signals):
+        self.config: Config = config
+        self.folder: Path = run_folder
+        self.mesh, self.task = mesh, task
+        self.tokenizer: Tokenizer = tokenizer
+        self.checkpoints: Checkpoints = checkpoints
+        self.journal: Journal = journal
+        self.report: Report = report
+        self.signals: Signals = signals
+        self.schedule, self.programs = Schedule(config), Programs(config)
+        self.objective = objective_of(config.grpo)
+        self.temperature = jnp.float32(config.grpo.temperature)
+
+    def go(self) -> dict[str, Any]:
+        config, report = self.config, self.report
+        first, state, kept = self._start()
+        engine = self._engine(state)
+        n_groups = config.batch_size // config.grpo.group_size * config.grpo.updates
+        self.rollouts = Rollouts(
+            engine, self.task, self._encode, self.tokenizer, config.grpo, config.seed, n_groups, kept.get("rollouts")
+        )
+        self.recorder, done = Recorder(self.folder, first), first
+        if self.recorder.last("run") is None:
+            title = f"{config.name}, {self.task.name}, {config.grpo.objective}"
+            self.recorder.write("run", first, {"title": title, "task": self.task.name, **machine()})
+        try:
+            self.journal.goodput.start(first, 0.0)
+            if first == 0 and self.recorder.last("eval") is None:
+                self._evaluate(0, engine, state)
+            self.signals.patient = True
+            while done < config.steps and not self.signals.name:
+                state, said = self._round(done, state)
+                done = int(state.step)
+                if self._due(done, config.log_every):
+                    self._log(done, said)
+                if self._due(done, config.eval_every):
+                    self._evaluate(done, engine, state)
+                if self._due(done, config.checkpoint_every) or self.signals.name:
+                    with self.journal.goodput.span("checkpoint"):
+                        self.checkpoints.save(done, state, {"rollouts": self.rollouts.state})
+            self.checkpoints.wait()
+        finally:
+            self.rollouts.close()
+            self.recorder.close()
+            report.close()
+            self.journal.goodput.interval(done, "end")
+        if done < config.steps:
+            report.say(f"{self.signals.name}: saved at step {done}; the same command goes on from there")
+        last = self.recorder.last("eval") or {}
+        return {name: value for name, value in last.items() if name not in ("kind", "time")}
+
+    def _start(self) -> tuple[int, PolicyState, dict[str, Any]]:
+        """The step to begin with, the state before it, and what the checkpoint says besides."""
+        like = self._abstract()
+
+        def read(step: int):
+            if self.checkpoints.weights_alone(step):
+                return None
+            return self.checkpoints.restore(step, like)
+
+        if (found := self.checkpoints.newest(read)) is not None and found[1] is not None:
+            step, (state, notes) = found
+            self.journal.tell(step, "resume", f"resuming {self.folder} at step {step}")
+            return step, state, notes
+        came = phase.origin(self.folder)
+        source, step = (self.folder, 0) if came is None else (Path(came.run), came.step)
+        if found is None and came is None:
+            raise ConfigError(f"{self.folder}: no weights to begin with; expected a run to begin from")
+        self.report.say(f"starting from step {step} of {source}")
+        with Checkpoints(source, read_only=True) as checkpoints:
+            given = checkpoints.restore_model(step, abstract_state(self.config, self.mesh).replace(ema=None))
+        return 0, jax.jit(self._first, donate_argnums=(0, 1))(given.model, given.router_bias), {}
+
+    def _first(self, model, router_bias) -> PolicyState:
+        state = start_state(model, router_bias, self.config)
+        reference = self.objective.kl_weight > 0
+        copy = (lambda tree: jax.tree.map(jnp.copy, tree)) if reference else (lambda tree: None)
+        return PolicyState(**vars(state), reference=copy(model), reference_bias=copy(router_bias))
+
+    def _abstract(self) -> PolicyState:
+        state = abstract_state(self.config, self.mesh)
+        reference = (state.model, state.router_bias) if self.objective.kl_weight > 0 else (None, None)
+        return PolicyState(**vars(state), reference=reference[0], reference_bias=reference[1])
+
+    def _engine(self, state: PolicyState) -> Engine:
+        config, grpo = self.config, self.config.grpo
+        options = EngineConfig(
+            max_rows=min(grpo.max_rows, config.batch_size * grpo.updates * (1 + grpo.max_staleness)),
+            max_model_len=config.seq_len,
+            prefill_rows=min(32, grpo.max_rows),
+            n_draft=0,  # whether drafts are used depends on the time they take, and bits would
+        )
+        return Engine(Loaded(state.model, state.router_bias, self.mesh, config, self.folder), options)
+
+    def _encode(self, problem) -> list[int]:
+        tokens = encode(problem, self.tokenizer, self._template, self.config.grpo.style)
+        if len(tokens) + self.config.grpo.max_tokens > self.config.seq_len:
+            raise ConfigError(
+                f"seq_len={self.config.seq_len}: a prompt of {len(tokens)} tokens and an answer of "
+                f"grpo.max_tokens={self.config.grpo.max_tokens} do not fit"
+            )
+        return tokens
+
+    @property
+    def _template(self):
+        from dsjax.hub.chat import ChatTemplate
+
+        return ChatTemplate.load(self.folder) if self.config.grpo.style == "chat" else None
+
+    def _due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self.config.steps
+
+    # A round: answers, and the steps that they are learned from in
+
+    def _round(self, done: int, state: PolicyState) -> tuple[PolicyState, dict[str, Any]]:
+        """Samples, judges and learns; the numbers of the last step, and of all answers."""
+        config, grpo, began = self.config, self.config.grpo, time.perf_counter()
+        if state.reference is not None and done and done % grpo.reference_every < grpo.updates:
+            copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+            state = state.replace(reference=copy(state.model), reference_bias=copy(state.router_bias))
+        groups, replaced = self._groups(done, state)
+        sampled = time.perf_counter()
+        self.numbers = self._measure(groups) | {"resampled": replaced}
+        per_step = config.batch_size // grpo.group_size
+        for update in range(grpo.updates):
+            mine = groups[update * per_step : (update + 1) * per_step]
+            state, said = self._learn(done, done + update, mine, state)
+        seconds = {"sample_s": sampled - began, "learn_s": time.perf_counter() - sampled}
+        return state, {**self.numbers, **said, **seconds}
+
+    def _groups(self, done: int, state: PolicyState) -> tuple[list[Group], int]:
+        """The round's groups; of those without spread, as many as may be are replaced by new ones."""
+        with self.journal.goodput.span("sample"):
+            groups = self.rollouts.collect(done, state.model, state.router_bias)
+            replaced = 0
+            for _ in range(self.config.grpo.resample):
+                flat = [i for i, group in enumerate(groups) if not np.ptp(group.rewards(self.task.weights))]
+                if not flat:
+                    break
+                for i, group in zip(flat, self.rollouts.more(len(flat))):
+                    groups[i], replaced = group, replaced + 1
+            for group in groups:
+                group.parts.result()
+        return groups, replaced
+
+    def _learn(self, version: int, step: int, groups: list[Group], state: PolicyState):
+        """One step from groups that were sampled at step `version`."""
+        config, programs = self.config, self.programs
+        rewards = np.stack([group.rewards(self.task.weights) for group in groups])
+        advantage = rows.group_advantages(groups, rewards, config)
+        micros = [rows.on_mesh(arrays, self.mesh) for arrays in rows.rollouts(groups, advantage, version, config)]
+        if state.reference is not None:
+            micros = [m.replace(reference=self._score(state.reference, state.reference_bias, m, False)) for m in micros]
+        if config.grpo.old_policy == "trainer":
+            micros = [m.replace(old=self._score(state.model, state.router_bias, m, config.grpo.replay)) for m in micros]
+        depth = config.model.num_nextn_predict_layers
+        counts = jax.tree.map(lambda *n: sum(n), *(programs.count(m, depth) for m in micros))
+        knobs = {name: jnp.asarray(value, jnp.float32) for name, value in vars(self.schedule.at(step)).items()}
+        if config.grpo.router_bias == "frozen":
+            knobs["bias_update_speed"] = jnp.float32(0)
+        total = None
+        for m in micros:
+            more = programs.gradients(state.model, state.router_bias, m, counts, knobs["mtp_weight"])
+            total = more if total is None else programs.add(total, more)
+        grads, parts = total
+        state, said = programs.apply(state, grads, parts, knobs)
+        parts, said = jax.device_get((parts, said))
+        if parts.overflow and config.compute.on_overflow == "redo":
+            self.report.say(
+                f"step {step + 1}: {parts.overflow:,} rows had no room on their experts' devices; again ..."
+            )
+            self.config = replace(config, compute=more_room(config.compute))
+            self.programs = Programs(self.config)
+            return self._learn(version, step, groups, state)
+        if said["skipped_in_a_row"] >= config.max_skipped_steps:
+            raise ConfigError(
+                f"stopped at step {step + 1}: NaN or Inf in the loss or gradients of {said['skipped_in_a_row']} steps "
+                f"in a row; try an --optimizer.peak-lr below {config.optimizer.peak_lr:g}"
+            )
+        n_tokens = max(1, sum(int(jnp.sum(m.mask)) for m in micros))
+        n_fresh = max(1, sum(int(jnp.sum(m.fresh)) for m in micros))
+        return state, {
+            "loss": float(parts.loss),
+            "mtp_loss": parts.mtp_loss.tolist(),
+            "balance_loss": float(parts.balance),
+            "grad_norm": float(said["grad_norm"]),
+            "max_vio": said["max_vio"].tolist(),
+            "max_vio_mean": float(np.mean(said["max_vio"])) if said["max_vio"].size else 0.0,
+            "load": np.concatenate([parts.load.moe, parts.load.mtp]).astype(int).tolist(),
+            "overflow": int(parts.overflow),
+            "skipped": int(said["skipped"]),
+            "learning_rate": float(knobs["learning_rate"]),
+            "mtp_weight": float(knobs["mtp_weight"]),
+            "bias_update_speed": float(knobs["bias_update_speed"]),
+            "entropy": float(parts.entropy) / n_tokens,
+            "kl": float(parts.kl) / n_tokens,
+            "clipped": float(parts.clipped) / n_tokens,
+            "left_out": float(parts.left_out) / n_tokens,
+            "gap": float(parts.gap) / n_fresh,
+            "gap_max": float(parts.gap_max),
+        }
+
+    def _score(self, model, router_bias, micro, replay: bool):
+        experts = micro.experts if replay else None
+        return self.programs.score(model, router_bias, micro.batch, self.temperature, experts)
+
+    # What a person sees
+
+    def _measure(self, groups: list[Group]) -> dict[str, Any]:
+        """Of all answers of a round."""
+        weights = self.task.weights
+        rewards = np.stack([group.rewards(weights) for group in groups])
+        parts = [parts for group in groups for parts in group.parts.result()]
+        answers = [answer for group in groups for answer in group.answers]
+        lengths = [len(answer.tokens) for answer in answers]
+        ages = [self.rollouts.version - v for answer in answers for v in answer.versions]
+        return {
+            "reward": float(rewards.mean()),
+            **{f"reward_{name}": float(np.mean([p[name] for p in parts])) for name in weights},
+            "length": float(np.mean(lengths)),
+            "length_max": max(lengths),
+            "truncated": float(np.mean([answer.reason == "length" for answer in answers])),
+            "zero_spread": float(np.mean(np.ptp(rewards, axis=1) == 0)),
+            "staleness": float(np.mean(ages)),
+            "answer_tokens": sum(lengths),
+        }
+
+    def _log(self, done: int, said: dict[str, Any]) -> None:
+        spent = self.journal.goodput.interval(done)
+        row = self.recorder.write("train", done, {**said, "seconds": spent})
+        parts = [f"{n} {row[f'reward_{n}']:.3f}" for n in self.task.weights]
+        inner = f" ({', '.join(parts)})" if len(parts) > 1 else ""
+        cut = f", {row['truncated']:.0%} cut off" if row["truncated"] else ""
+        self.report.say(
+            f"step {done}/{self.config.steps}: reward {row['reward']:.3f}{inner}, {row['length']:.1f} tokens{cut}, "
+            f"entropy {row['entropy']:.3f}, KL {row['kl']:.2g}, {row['zero_spread']:.0%} of groups without spread, "
+            f"sampler and trainer {row['gap']:.1e} apart (most {row['gap_max']:.1e}), {row['sample_s']:.1f} s sampling, "
+            f"{row['learn_s']:.1f} s learning"
+        )
+
+    def _evaluate(self, done: int, engine: Engine, state: PolicyState) -> None:
+        """pass@1 to pass@k on held-out problems, and some of the answers as text."""
+        grpo = self.config.grpo
+        problems = self.task.heldout()[: grpo.eval_prompts]
+        if not problems:
+            return
+        with self.journal.goodput.span("eval"):
+            engine.renew(state.model, state.router_bias)
+            texts, lengths, n_cut = self._answers(engine, problems)
+            flat = [text for of_one in texts for text in of_one]
+            asked = [problem for problem in problems for _ in range(grpo.eval_samples)]
+            parts = self.task.judge(asked, flat)
+            main = "accuracy" if "accuracy" in self.task.weights else next(iter(self.task.weights))
+            right = np.array([p[main] >= 1 for p in parts]).reshape(len(problems), -1)
+            ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= grpo.eval_samples]
+            row = {
+                **{f"pass_{k}": float(np.mean([pass_at_k(len(r), int(r.sum()), k) for r in right])) for k in ks},
+                **{f"heldout_{name}": float(np.mean([p[name] for p in parts])) for name in self.task.weights},
+                "heldout_length": float(np.mean(lengths)),
+                "heldout_truncated": n_cut / len(flat),
+            }
+            self.recorder.write("eval", done, row)
+            self._keep_samples(done, problems, texts, parts)
+        passed = ", ".join(f"pass@{k} {row[f'pass_{k}']:.3f}" for k in ks)
+        self.report.say(
+            f"step {done}: held out {passed}, {row['heldout_length']:.1f} tokens; {problems[0].prompt!r} -> "
+            f"{texts[0][0]!r}"
+        )
+
+    def _answers(self, engine: Engine, problems) -> tuple[list[list[str]], list[int], int]:
+        """Texts of every problem, lengths of all, and how many were cut off."""
+        grpo, tokens, reasons = self.config.grpo, [], []
+        for n, problem in enumerate(problems):
+            for k in range(grpo.eval_samples):
+                said: list[int] = []
+                tokens.append(said)
+                request = Request(
+                    self._encode(problem),
+                    max_tokens=grpo.max_tokens,
+                    temperature=grpo.eval_temperature,
+                    seed=n * grpo.eval_samples + k,
+                    stop_ids=tuple(self.tokenizer.eos_ids),
+                    tell=lambda new, said=said: said.extend(one.token for one in new) or None,
+                    done=reasons.append,
+                )
+                engine.submit(request)
+        engine.run()
+        ends = self.tokenizer.eos_ids
+        texts = [self.tokenizer.decode(t[:-1] if t and t[-1] in ends else t) for t in tokens]
+        k = grpo.eval_samples
+        return [texts[i : i + k] for i in range(0, len(texts), k)], list(map(len, tokens)), reasons.count("length")
+
+    def _keep_samples(self, done: int, problems, texts, parts) -> None:
+        """samples/step-N.txt: the first problems, what was said to each, and what it was worth."""
+        k, lines = self.config.grpo.eval_samples, []
+        for n, problem in enumerate(problems[:SHOWN]):
+            lines += [f"# problem {n + 1}, expected {problem.answer!r}", str(problem.prompt), ""]
+            for j in range(k):
+                worth = ", ".join(f"{name} {value:g}" for name, value in parts[n * k + j].items())
+                lines += [f"## answer {j + 1}: {worth}", texts[n][j], ""]
+        (self.folder / "samples").mkdir(exist_ok=True)
+        write_text(self.folder / "samples" / f"step-{done:06}.txt", "\n".join(lines))

@@ -1,0 +1,227 @@
+"""Answers to learn from, sampled by the engine from the weights as they are, in groups of one prompt each.
+
+With grpo.max_staleness groups are begun before they are needed, and go on while the policy learns: a long answer does
+not hold up the others. Every token keeps the step whose weights sampled it. What is in the cache is never of older
+weights: an answer that goes on under new ones is read again.
+"""
+
+import base64
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dsjax.config import GrpoConfig
+from dsjax.data.tokenizer import Tokenizer
+from dsjax.infer.engine import Engine
+from dsjax.infer.requests import Request, Sampled
+from dsjax.model.transformer import DeepSeek
+from dsjax.posttrain.tasks import Problem, Task, total
+from dsjax.state import RouterBias
+
+
+@dataclass(eq=False)
+class Answer:
+    """What the model says to a prompt, token by token."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)  # the step whose weights sampled each
+    experts: list[np.ndarray] = field(default_factory=list)  # [L, K] int32, of the token before each
+    reason: str = ""  # why it ended: "stop" or "length"
+
+
+@dataclass(eq=False)
+class Group:
+    """A prompt and its answers."""
+
+    number: int  # of the problem
+    begun: int  # the step whose weights its first token is of
+    problem: Problem
+    prompt: list[int]
+    answers: list[Answer]
+    prompt_experts: np.ndarray | None = None  # [L, P, K] int32, -1: not known
+    parts: Future | None = None  # of each answer the reward by part
+
+    @property
+    def done(self) -> bool:
+        return all(answer.reason for answer in self.answers)
+
+    def rewards(self, weights) -> np.ndarray:
+        """Of each answer."""
+        return np.array([total(parts, weights) for parts in self.parts.result()])
+
+
+class Rollouts:
+    """Groups from an engine. `state` is all that it needs to go on elsewhere with the same answers."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        task: Task,
+        encode: Callable[[Problem], list[int]],
+        tokenizer: Tokenizer,
+        grpo: GrpoConfig,
+        seed: int,
+        n_groups: int,
+        state: dict[str, Any] | None = None,
+    ):
+        self.engine, self.task, self.encode, self.tokenizer = engine, task, encode, tokenizer
+        self.grpo, self.seed, self.n_groups = grpo, seed, n_groups
+        self.next = 0  # the number of the next problem
+        self.groups: list[Group] = []  # begun and not yet taken, the oldest first
+        self.version = 0
+        self.judges = ThreadPoolExecutor(1, "judge")
+        if state is not None:
+            self._restore(state)
+
+    def collect(self, version: int, model: DeepSeek, router_bias: RouterBias) -> list[Group]:
+        """n_groups that are done, the oldest first; those under way go on with these weights."""
+        self.version = version
+        self.engine.renew(model, router_bias)
+        self._fill()
+        for group in self.groups:
+            for k, answer in enumerate(group.answers):
+                if not answer.reason:
+                    self._ask(group, k, answer)
+        while not (taken := self._choose()):
+            self.engine.step()
+        self._break_off()
+        for group in taken:
+            self.groups.remove(group)
+        return taken
+
+    def more(self, n: int) -> list[Group]:
+        """n further groups of the same weights, all done: for those whose answers have one reward."""
+        groups = [self._begin() for _ in range(n)]
+        for group in groups:
+            for k, answer in enumerate(group.answers):
+                self._ask(group, k, answer)
+        self.engine.run()
+        return groups
+
+    def close(self) -> None:
+        self.judges.shutdown(cancel_futures=True)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """In plain values."""
+        return {"next": self.next, "groups": [_plain(group) for group in self.groups]}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
+        for kept in state["groups"]:
+            problem = self.task.problem(kept["number"])
+            group = Group(kept["number"], kept["begun"], problem, self.encode(problem), [])
+            group.prompt_experts = _array(kept["prompt_experts"])
+            for one in kept["answers"]:
+                experts = _array(one["experts"])
+                experts = [] if experts is None else list(experts)
+                group.answers.append(Answer(one["tokens"], one["logprobs"], one["versions"], experts, one["reason"]))
+            self.groups.append(group)
+            self._judge(group)
+
+    def _fill(self) -> None:
+        while len(self.groups) < self.n_groups * (1 + self.grpo.max_staleness):
+            self.groups.append(self._begin())
+
+    def _begin(self) -> Group:
+        problem = self.task.problem(self.next)
+        answers = [Answer() for _ in range(self.grpo.group_size)]
+        group = Group(self.next, self.version, problem, self.encode(problem), answers)
+        self.next += 1
+        return group
+
+    def _ask(self, group: Group, k: int, answer: Answer) -> None:
+        """The rest of an answer. What is sampled at a place depends on the seed and the place alone."""
+        name = f"{self.seed} {group.number} {k}"
+
+        def tell(said: list[Sampled]) -> None:
+            if group.prompt_experts is None and self.grpo.replay:
+                group.prompt_experts = request.prompt_experts[:, : len(group.prompt)].copy()
+            for one in said:
+                answer.tokens.append(one.token)
+                answer.logprobs.append(one.logprob)
+                answer.versions.append(self.version)
+                if self.grpo.replay:
+                    answer.experts.append(one.experts)
+
+        def done(reason: str) -> None:
+            if reason == "cancelled":
+                return
+            answer.reason = reason
+            self._judge(group)
+
+        request = Request(
+            [*group.prompt, *answer.tokens],
+            max_tokens=self.grpo.max_tokens - len(answer.tokens),
+            temperature=self.grpo.temperature,
+            seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]),
+            stop_ids=tuple(self.tokenizer.eos_ids),
+            logprobs=0,
+            keep_experts=self.grpo.replay,
+            tell=tell,
+            done=done,
+        )
+        self.engine.submit(request)
+
+    def _judge(self, group: Group) -> None:
+        """Begins to judge a group that is done, beside the sampling of others."""
+        if group.done:
+            texts = [self.text(answer) for answer in group.answers]
+            group.parts = self.judges.submit(self.task.judge, [group.problem] * len(texts), texts)
+
+    def text(self, answer: Answer) -> str:
+        """Without the token that ended it."""
+        ended = answer.tokens and answer.tokens[-1] in self.tokenizer.eos_ids
+        return self.tokenizer.decode(answer.tokens[:-1] if ended else answer.tokens)
+
+    def _choose(self) -> list[Group]:
+        """n_groups that are done, the oldest of them, if no group gets staler than allowed without them; else none.
+
+        The groups begun by a step must all be taken max_staleness steps later, n_groups a step.
+        """
+        ready = [group for group in self.groups if group.done]
+        if len(ready) < self.n_groups:
+            return []
+        ready = ready[: self.n_groups]
+        begun = [group.begun for group in self.groups if group not in ready]
+        for ahead in range(self.grpo.max_staleness + 1):
+            due = sum(b + self.grpo.max_staleness <= self.version + ahead for b in begun)
+            if due > self.n_groups * ahead:
+                return []
+        return ready
+
+    def _break_off(self) -> None:
+        """Answers that are not done leave the engine; what they have said stays."""
+        for request in (*self.engine.running, *self.engine.waiting):
+            self.engine.cancel(request.id)
+        self.engine.run()
+
+
+def _plain(group: Group) -> dict[str, Any]:
+    answers = [
+        {
+            "tokens": answer.tokens,
+            "logprobs": answer.logprobs,
+            "versions": answer.versions,
+            "experts": _text(np.stack(answer.experts)) if answer.experts else None,
+            "reason": answer.reason,
+        }
+        for answer in group.answers
+    ]
+    known = None if group.prompt_experts is None else _text(group.prompt_experts)
+    return {"number": group.number, "begun": group.begun, "prompt_experts": known, "answers": answers}
+
+
+def _text(a: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(a.shape), "int32": base64.b64encode(np.asarray(a, "<i4").tobytes()).decode()}
+
+
+def _array(kept: dict[str, Any] | None) -> np.ndarray | None:
+    if kept is None:
+        return None
+    return np.frombuffer(base64.b64decode(kept["int32"]), "<i4").reshape(kept["shape"]).astype(np.int32)
