@@ -52,9 +52,7 @@ def test_what_is_no_data_set(monkeypatch):
 
 def test_where_the_package_is_missing(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"gym: needs reasoning-gym, which is not here: pip install 'dsjax\[gym\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"gym: needs reasoning-gym, which is not here: pip install 'dsjax\[gym\]'"):
         open_task("gym:chain_sum")
 
 
