@@ -13,7 +13,8 @@ from dsjax import __version__
 from dsjax.cli.claims import claims
 from dsjax.cli.convert import convert
 from dsjax.cli.data import data
-from dsjax.cli.model import evaluate, generate
+from dsjax.cli.evaluate import evaluate
+from dsjax.cli.model import generate
 from dsjax.cli.needle import needle
 from dsjax.cli.plan import plan
 from dsjax.cli.report import report

@@ -1,15 +1,14 @@
-"""`dsjax generate` and `dsjax eval`: what a trained model can do."""
+"""`dsjax generate`: what a trained model writes."""
 
-import json
 import sys
 from pathlib import Path
 
 import click
 
-from dsjax.cli.find import find_model, find_run, with_devices
-from dsjax.cli.output import as_typed, note, print_table
-from dsjax.cli.verb import DEVICES, NATURAL, POSITIVE, PROBABILITY, TEMPERATURE, Verb
-from dsjax.config import DTYPES, ConfigError, EngineConfig, load, override, show
+from dsjax.cli.find import find_model
+from dsjax.cli.output import note
+from dsjax.cli.verb import NATURAL, POSITIVE, PROBABILITY, TEMPERATURE, Verb
+from dsjax.config import DTYPES, ConfigError, EngineConfig, show
 
 
 @click.command(
@@ -90,43 +89,6 @@ def generate(
         sys.stdout.flush()
     if sys.stdout.isatty():
         sys.stdout.write("\n")
-
-
-@click.command(
-    "eval",
-    cls=Verb,
-    fields=True,
-    short_help="Measure a trained model on held-out text.",
-    options_metavar="[--checkpoint STEP] [--devices N] [--json] [--FIELD=VALUE]...",
-    epilog="""\b
-Examples:
-  dsjax eval runs/tiny
-  dsjax eval runs/tiny --data.sources=other.txt --json""",
-)
-@click.argument("run_folder")
-@click.option("--checkpoint", type=NATURAL, metavar="STEP", help="Step of the checkpoint.  [default: the newest]")
-@DEVICES
-@click.option("--json", "as_json", is_flag=True, help="The numbers as JSON.")
-def evaluate(run_folder: str, checkpoint: int | None, devices: int | None, as_json: bool, changes: dict[str, str]):
-    """Measure the model of RUN_FOLDER on its held-out text, or on all text of other --data.sources.
-
-    Bits a byte stand beside those of gzip -9 and xz -9 on the same bytes. Other text is read by the run's own
-    tokenizer, and nothing is written.
-    """
-    folder = find_run(run_folder)
-    changes = with_devices(changes, devices)
-    override(load(folder / "config.json"), changes)  # a typo shows before JAX is imported
-    import jax
-
-    from dsjax.train import loop
-
-    result = loop.evaluate(folder, changes, step=checkpoint)
-    if jax.process_index() > 0:
-        return
-    if as_json:
-        return click.echo(json.dumps(result, indent=2))
-    rows = [(name, f"{value:.4f}" if isinstance(value, float) else as_typed(value)) for name, value in result.items()]
-    print_table(None, rows, right=[1])
 
 
 def read_prompt() -> str:

@@ -4,16 +4,15 @@ The answer is cut out here; then it is compared as a text and as a number, and o
 math-verify in worker processes that are killed when their time is over: an expression may be made to take for ever.
 """
 
-import multiprocessing
-import queue
-import resource
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
+from dsjax.config import ConfigError
+from dsjax.posttrain.problem import Judge, Problem, Reward
 from dsjax.posttrain.rewards.answer import last_answer, last_boxed, number, plain, without_thinking
-
-_MEMORY_BYTES = 4 << 30  # of addresses that a worker may take
-_START_S = 60  # for a worker to import what it needs
+from dsjax.posttrain.rewards.workers import Workers
 
 
 def accuracy_reward(text: str, expected: str, same: Callable[[str, str], bool]) -> float:
@@ -36,7 +35,7 @@ def accuracy_reward(text: str, expected: str, same: Callable[[str, str], bool]) 
     return float(same(expected, answer))
 
 
-class Judges:
+class Judges(Workers):
     """math-verify in n processes. To be used as a context; `same` may be called from several threads.
 
     A comparison that takes longer than seconds, or more memory than a worker may have, counts as not equal; its worker
@@ -44,67 +43,14 @@ class Judges:
     """
 
     def __init__(self, n: int = 2, seconds: float = 5.0):
-        self.seconds, self.killed = seconds, 0
-        self._idle: queue.Queue[_Worker] = queue.Queue()
-        self._all = [_Worker() for _ in range(n)]
-        for worker in self._all:
-            self._idle.put(worker)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for worker in self._all:
-            worker.kill()
+        super().__init__(_work, n, seconds)
 
     def same(self, expected: str, answer: str) -> bool:
         """Whether two answers in LaTeX or plain notation are one. Waits for a worker that is idle."""
-        worker = self._idle.get()
-        try:
-            return worker.ask((expected, answer), self.seconds)
-        except (TimeoutError, EOFError, OSError):
-            self.killed += 1
-            worker.restart()
-            return False
-        finally:
-            self._idle.put(worker)
-
-
-class _Worker:
-    def __init__(self):
-        self.restart()
-
-    def restart(self) -> None:
-        if hasattr(self, "_process"):
-            self.kill()
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._ready = False
-
-    def ask(self, pair: tuple[str, str], seconds: float) -> bool:
-        if not self._ready:
-            self._wait(_START_S)
-            self._ready = True
-        self._pipe.send_bytes("\0".join(pair).encode("utf-8", "replace"))
-        return self._wait(seconds) == b"1"
-
-    def _wait(self, seconds: float) -> bytes:
-        if not self._pipe.poll(seconds):
-            raise TimeoutError
-        return self._pipe.recv_bytes()
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.join()
-        self._pipe.close()
+        return self.ask("\0".join((expected, answer)).encode("utf-8", "replace")) == b"1"
 
 
 def _work(pipe: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     import logging
 
     from math_verify import parse, verify
@@ -119,3 +65,18 @@ def _work(pipe: Connection) -> None:
         sides = [parse(f"${side}$", parsing_timeout=None, raise_on_error=False) for side in (expected, answer)]
         equal = all(sides) and verify(*sides, timeout_seconds=None, raise_on_error=False)
         pipe.send_bytes(b"1" if equal else b"0")
+
+
+@contextmanager
+def _open() -> Iterator[Judge]:
+    if importlib.util.find_spec("math_verify") is None:
+        raise ConfigError("rewards: accuracy needs math-verify, which is not here: pip install 'dsjax[posttrain]'")
+    with Judges() as judges:
+        yield lambda problem, text: accuracy_reward(text, problem.answer, judges.same)
+
+
+def _lacks(problem: Problem) -> str | None:
+    return None if problem.answer.strip() else "answer: expected a text, for the reward accuracy"
+
+
+REWARD = Reward(_open, _lacks)

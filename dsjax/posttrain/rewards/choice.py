@@ -1,7 +1,10 @@
 """Reward for a multiple choice: the letter that an answer settles on."""
 
 import re
+from contextlib import nullcontext
 
+from dsjax.config import show
+from dsjax.posttrain.problem import Problem, Reward
 from dsjax.posttrain.rewards.answer import last_answer, last_boxed, without_thinking
 
 _SAID = re.compile(r"(?:answer|option|choice)\s*(?:is|:)?\s*[*(\[]*\s*([A-Z])\b(?![a-z'])", re.IGNORECASE)
@@ -21,3 +24,12 @@ def chosen_letter(text: str) -> str | None:
 def choice_reward(text: str, letter: str) -> float:
     """1 if the text settles on the letter, else 0."""
     return float(chosen_letter(text) == letter.strip().upper())
+
+
+def _lacks(problem: Problem) -> str | None:
+    if re.fullmatch(r"\s*[A-Za-z]\s*", problem.answer):
+        return None
+    return f"answer={show(problem.answer)}: expected a letter, for the reward choice"
+
+
+REWARD = Reward(lambda: nullcontext(lambda problem, text: choice_reward(text, problem.answer)), _lacks)

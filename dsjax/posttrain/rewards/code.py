@@ -1,8 +1,11 @@
 """Reward for a program: from standard input to standard output, in the sandbox."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+from dsjax.posttrain.problem import Judge, Problem, Reward
+from dsjax.posttrain.rewards import sandbox
 from dsjax.posttrain.rewards.answer import without_thinking
 from dsjax.posttrain.rewards.sandbox import Bounds, run_python
 
@@ -45,3 +48,21 @@ def code_reward(
 
 def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.rstrip().splitlines()]
+
+
+@contextmanager
+def _open() -> Iterator[Judge]:
+    sandbox.check()
+    yield lambda problem, text: code_reward(text, problem.facts["tests"])
+
+
+def _lacks(problem: Problem) -> str | None:
+    tests = problem.facts.get("tests")
+    pairs = isinstance(tests, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(side, str) for side in pair)
+        for pair in tests
+    )
+    return None if pairs and tests else "tests: expected pairs of input and output, for the reward code"
+
+
+REWARD = Reward(_open, _lacks)

@@ -1,6 +1,9 @@
 """Reward for the form of an answer: reasoning between think tags, then the answer between its own (R1-Zero)."""
 
 import re
+from contextlib import nullcontext
+
+from dsjax.posttrain.problem import Reward
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _WHOLE = re.compile(r"\s*<think>(.+?)</think>\s*<answer>(.+?)</answer>\s*", re.DOTALL)
@@ -20,3 +23,7 @@ def format_reward(text: str, *, begun: bool = False, answer_tags: bool = True) -
     return float(
         all(text.count(tag) == 1 for tag in tags) and found is not None and any(g.strip() for g in found.groups())
     )
+
+
+REWARD = Reward(lambda: nullcontext(lambda problem, text: format_reward(text)), lambda problem: None)
+THINK = Reward(lambda: nullcontext(lambda problem, text: format_reward(text, answer_tags=False)), lambda problem: None)

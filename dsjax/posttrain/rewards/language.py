@@ -2,6 +2,10 @@
 
 import re
 import unicodedata
+from contextlib import nullcontext
+
+from dsjax.config import show
+from dsjax.posttrain.problem import Problem, Reward
 
 _SCRIPTS = {
     "latin": ("en", "de", "fr", "es", "it", "pt", "nl", "pl", "tr", "vi"),
@@ -52,3 +56,17 @@ def language_reward(text: str, language: str = "en") -> float:
 def _script(letter: str) -> str | None:
     name = unicodedata.name(letter, "").split(" ")[0].split("-")[0].lower()
     return name or None
+
+
+def _lacks(problem: Problem) -> str | None:
+    language = problem.facts.get("language")
+    if isinstance(language, str) and language in LANGUAGES:
+        return None
+    given = "" if language is None else f"={show(language)}"
+    return f"language{given}: expected one of {', '.join(sorted(LANGUAGES))}, for the reward language"
+
+
+REWARD = Reward(
+    lambda: nullcontext(lambda problem, text: language_reward(text, problem.facts["language"])),
+    _lacks,
+)
