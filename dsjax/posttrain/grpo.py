@@ -23,6 +23,7 @@ from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request
 from dsjax.posttrain import rows
 from dsjax.posttrain.evaluate import pass_at_k
+from dsjax.posttrain.exact import ExactEngine
 from dsjax.posttrain.policy import Programs, objective_of
 from dsjax.posttrain.rollouts import Group, Rollouts
 from dsjax.posttrain.tasks import Task, encode, open_task
@@ -184,8 +185,10 @@ class Run:
         reference = (state.model, state.router_bias) if self.objective.kl_weight > 0 else (None, None)
         return PolicyState(**vars(state), reference=reference[0], reference_bias=reference[1])
 
-    def _engine(self, state: PolicyState) -> Engine:
+    def _engine(self, state: PolicyState) -> Engine | ExactEngine:
         config, grpo = self.config, self.config.grpo
+        if grpo.exact:
+            return ExactEngine(state.model, state.router_bias, self.mesh, config)
         options = EngineConfig(
             max_rows=min(grpo.max_rows, config.batch_size * grpo.updates * (1 + grpo.max_staleness)),
             max_model_len=config.seq_len,
@@ -260,11 +263,13 @@ class Run:
         knobs = {name: jnp.asarray(value, jnp.float32) for name, value in vars(self.schedule.at(step)).items()}
         if config.grpo.router_bias == "frozen":
             knobs["bias_update_speed"] = jnp.float32(0)
-        total = None
+        total, apart = None, []
         for m in micros:
-            more = programs.gradients(state.model, state.router_bias, m, counts, knobs["mtp_weight"])
+            *more, logp = programs.gradients(state.model, state.router_bias, m, counts, knobs["mtp_weight"])
             total = more if total is None else programs.add(total, more)
+            apart.append(np.abs(np.asarray(logp) - np.asarray(m.sampler))[np.asarray(m.fresh)])
         grads, parts = total
+        apart = np.concatenate(apart)
         state, said = programs.apply(state, grads, parts, knobs)
         parts, said = jax.device_get((parts, said))
         if parts.overflow and config.compute.on_overflow == "redo":
@@ -280,7 +285,6 @@ class Run:
                 f"in a row; try an --optimizer.peak-lr below {config.optimizer.peak_lr:g}"
             )
         n_tokens = max(1, sum(int(jnp.sum(m.mask)) for m in micros))
-        n_fresh = max(1, sum(int(jnp.sum(m.fresh)) for m in micros))
         return state, {
             "loss": float(parts.loss),
             "mtp_loss": parts.mtp_loss.tolist(),
@@ -298,8 +302,8 @@ class Run:
             "kl": float(parts.kl) / n_tokens,
             "clipped": float(parts.clipped) / n_tokens,
             "left_out": float(parts.left_out) / n_tokens,
-            "gap": float(parts.gap) / n_fresh,
-            "gap_max": float(parts.gap_max),
+            "gap": float(apart.mean()) if apart.size else 0.0,
+            "gap_max": float(apart.max(initial=0)),
         }
 
     def _score(self, model, router_bias, micro, replay: bool):

@@ -38,8 +38,6 @@ class Parts(NamedTuple):
     kl: jax.Array  # [] nats
     left_out: jax.Array  # [] tokens
     entropy: jax.Array  # [] nats
-    gap: jax.Array  # [] nats between sampler and trainer, of the fresh tokens
-    gap_max: jax.Array  # [] the largest of any
 
 
 def objective_of(grpo: GrpoConfig) -> Objective:
@@ -72,8 +70,8 @@ def policy_gradients(
     counts: Counts,
     mtp_weight: Float[Array, ""],
     config: Config,
-) -> tuple[DeepSeek, Parts]:
-    """A micro-batch's share of the gradient of the loss, and its parts.
+) -> tuple[DeepSeek, Parts, Float[Array, "B T"]]:
+    """A micro-batch's share of the gradient of the loss, its parts, and the log-probability of each next token.
 
     Multi-token prediction learns what the policy says; its gradient stops at the trunk, the embedding and the head.
     """
@@ -99,7 +97,6 @@ def policy_gradients(
         mtp = jnp.stack(nats) if nats else jnp.zeros((0,), jnp.float32)
         balance = sum(out.balance.values(), jnp.zeros((), jnp.float32)) / jnp.maximum(counts.rows, 1)
         total = policy + mtp_weight * jnp.sum(mtp) / max(len(nats), 1) + balance
-        apart = jnp.where(rollout.fresh, jnp.abs(logp - rollout.sampler), 0)
         parts = Parts(
             policy,
             mtp,
@@ -108,18 +105,16 @@ def policy_gradients(
             out.overflow,
             *measured,
             entropy=jnp.sum(jnp.where(mask, entropy, 0)),
-            gap=jnp.sum(apart),
-            gap_max=jnp.max(apart),
         )
-        return total, parts
+        return total, (parts, logp)
 
-    return jax.grad(loss, has_aux=True)(model)
+    grads, (parts, logp) = jax.grad(loss, has_aux=True)(model)
+    return grads, parts, logp
 
 
 def add(one: tuple[DeepSeek, Parts], other: tuple[DeepSeek, Parts]) -> tuple[DeepSeek, Parts]:
     """Gradients and parts of two micro-batches."""
-    grads, parts = jax.tree.map(jnp.add, one, other)
-    return grads, parts._replace(gap_max=jnp.maximum(one[1].gap_max, other[1].gap_max))
+    return jax.tree.map(jnp.add, one, other)
 
 
 def apply(

@@ -74,6 +74,7 @@ class Rollouts:
         self.next = 0  # the number of the next problem
         self.groups: list[Group] = []  # begun and not yet taken, the oldest first
         self.version = 0
+        self.records = grpo.replay and not grpo.exact
         self.judges = ThreadPoolExecutor(1, "judge")
         if state is not None:
             self._restore(state)
@@ -140,13 +141,13 @@ class Rollouts:
         name = f"{self.seed} {group.number} {k}"
 
         def tell(said: list[Sampled]) -> None:
-            if group.prompt_experts is None and self.grpo.replay:
+            if group.prompt_experts is None and self.records:
                 group.prompt_experts = request.prompt_experts[:, : len(group.prompt)].copy()
             for one in said:
                 answer.tokens.append(one.token)
                 answer.logprobs.append(one.logprob)
                 answer.versions.append(self.version)
-                if self.grpo.replay:
+                if self.records:
                     answer.experts.append(one.experts)
 
         def done(reason: str) -> None:
@@ -162,7 +163,7 @@ class Rollouts:
             seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]),
             stop_ids=tuple(self.tokenizer.eos_ids),
             logprobs=0,
-            keep_experts=self.grpo.replay,
+            keep_experts=self.records,
             tell=tell,
             done=done,
         )

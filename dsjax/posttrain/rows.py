@@ -47,7 +47,8 @@ def rollouts(
     lengths = np.array([len(g.prompt) + len(a.tokens) for g, a, _ in answers])
     order = np.argsort(lengths, kind="stable")
     for rows in np.split(order, config.accumulate):
-        length = row_length(int(lengths[rows].max()), config.seq_len)
+        # Where bits are compared, rows have the length that they were sampled in.
+        length = config.seq_len if grpo.exact else row_length(int(lengths[rows].max()), config.seq_len)
         made = [_row(answers[i], learned[i], counted[i], length, version, config) for i in rows]
         yield {name: np.stack([row[name] for row in made], axis=name == "experts") for name in made[0]}
 
@@ -74,7 +75,7 @@ def _row(
     row["mask"][prompt - 1 : prompt - 1 + learned] = True
     row["weights"][prompt - 1 : prompt - 1 + learned] = counted[:learned]
     row["advantage"] = np.float32(advantage)
-    if config.grpo.replay:
+    if config.grpo.replay and not config.grpo.exact:
         experts = np.full((config.model.num_moe_layers, length, config.model.num_experts_per_tok), -1, np.int32)
         experts[:, :prompt] = group.prompt_experts
         experts[:, places] = np.stack(answer.experts, axis=1)

@@ -104,9 +104,30 @@ def token_logprobs(
     )(hidden, constrain(head, "embed", "vocab"), targets, temperature)
 
 
+def all_logits(hidden: Float[Array, "B T D"], head: Float[Array, "D V"]) -> Float[Array, "B T V"]:
+    """The logits that `token_logprobs` computes, bit for bit, all at once: for few tokens."""
+
+    def local(h, w):
+        w = whole(w, RULES["embed"])
+        (chunks,) = _chunks(w, h.reshape(-1, h.shape[-1]))
+        logits = lax.map(lambda chunk: _logits(w, chunk), chunks)
+        return logits.reshape(-1, w.shape[1])[: h.shape[0] * h.shape[1]].reshape(*h.shape[:2], -1)
+
+    return jax.shard_map(
+        local,
+        in_specs=(spec("batch", "seq", None), spec("embed", "vocab")),
+        out_specs=spec("batch", "seq", "vocab"),
+        check_vma=False,
+    )(hidden, constrain(head, "embed", "vocab"))
+
+
+def _logits(w, h):
+    return jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32)
+
+
 def _logprobs(w, h, targets, temperature):
     """Of a chunk; w is this device's shard of the vocabulary."""
-    logits = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32) / temperature
+    logits = _logits(w, h) / temperature
     hot = targets[:, None] == jnp.arange(w.shape[1]) + lax.axis_index("tensor") * w.shape[1]
     top = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1)), "tensor")
     exp = jnp.exp(logits - top[:, None])
@@ -162,7 +183,7 @@ def _chunks(w, h, *others):
 
 def _nats(w, h, targets, valid):
     """Sum of a chunk's losses, and its gradient by the logits; w is this device's shard of the vocabulary."""
-    logits = jnp.einsum("nd,dv->nv", h, w, preferred_element_type=jnp.float32)
+    logits = _logits(w, h)
     hot = targets[:, None] == jnp.arange(w.shape[1]) + lax.axis_index("tensor") * w.shape[1]
     top = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)), "tensor")
     exp = jnp.exp(logits - top)
