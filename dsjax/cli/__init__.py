@@ -40,6 +40,7 @@ def cli():
 
 for command in (
     train,
+    grpo,
     generate,
     serve,
     presets,

@@ -7,6 +7,7 @@ holds answers to held-out problems as text. A run that was ended goes on with th
 """
 
 import contextlib
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ import numpy as np
 from dsjax.config import Config, ConfigError, EngineConfig, more_room, replace
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.files import write_text
+from dsjax.hub.chat import ChatTemplate
 from dsjax.hub.load import Loaded
 from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request
 from dsjax.posttrain import rows
-from dsjax.posttrain.evaluate import pass_at_k
+from dsjax.posttrain.evaluate import RIGHT, pass_at, powers
 from dsjax.posttrain.exact import ExactEngine
 from dsjax.posttrain.policy import Programs, objective_of
 from dsjax.posttrain.rollouts import Group, Rollouts
-from dsjax.posttrain.tasks import Task, encode, open_task
+from dsjax.posttrain.tasks import Task, begun, encode, open_task
 from dsjax.state import PolicyState
 from dsjax.train import phase
 from dsjax.train.checkpoint import Checkpoints, abstract_state
@@ -119,9 +121,9 @@ class Run:
         first, state, kept = self._start()
         engine = self._engine(state)
         n_groups = config.batch_size // config.grpo.group_size * config.grpo.updates
-        self.rollouts = Rollouts(
-            engine, self.task, self._encode, self.tokenizer, config.grpo, config.seed, n_groups, kept.get("rollouts")
-        )
+        begun_by = functools.partial(begun, template=self._template, style=config.grpo.style)
+        options = config.grpo, config.seed, n_groups, kept.get("rollouts")
+        self.rollouts = Rollouts(engine, self.task, self._encode, begun_by, self.tokenizer, *options)
         self.recorder, done = Recorder(self.folder, first), first
         if self.recorder.last("run") is None:
             title = f"{config.name}, {self.task.name}, {config.grpo.objective}"
@@ -206,10 +208,8 @@ class Run:
             )
         return tokens
 
-    @property
-    def _template(self):
-        from dsjax.hub.chat import ChatTemplate
-
+    @functools.cached_property
+    def _template(self) -> ChatTemplate | None:
         return ChatTemplate.load(self.folder) if self.config.grpo.style == "chat" else None
 
     def _due(self, done: int, every: int) -> bool:
@@ -322,7 +322,7 @@ class Run:
         ages = [self.rollouts.version - v for answer in answers for v in answer.versions]
         return {
             "reward": float(rewards.mean()),
-            **{f"reward_{name}": float(np.mean([p[name] for p in parts])) for name in weights},
+            **{f"reward_{name}": _mean_of(parts, name) for name in weights},
             "length": float(np.mean(lengths)),
             "length_max": max(lengths),
             "truncated": float(np.mean([answer.reason == "length" for answer in answers])),
@@ -340,8 +340,8 @@ class Run:
         self.report.say(
             f"step {done}/{self.config.steps}: reward {row['reward']:.3f}{inner}, {row['length']:.1f} tokens{cut}, "
             f"entropy {row['entropy']:.3f}, KL {row['kl']:.2g}, {row['zero_spread']:.0%} of groups without spread, "
-            f"sampler and trainer {row['gap']:.1e} apart (most {row['gap_max']:.1e}), {row['sample_s']:.1f} s sampling, "
-            f"{row['learn_s']:.1f} s learning"
+            f"sampler and trainer {row['gap']:.1e} apart (most {row['gap_max']:.1e}), {row['sample_s']:.1f} s sampling "
+            f"and {row['learn_s']:.1f} s learning"
         )
 
     def _evaluate(self, done: int, engine: Engine, state: PolicyState) -> None:
@@ -356,12 +356,12 @@ class Run:
             flat = [text for of_one in texts for text in of_one]
             asked = [problem for problem in problems for _ in range(grpo.eval_samples)]
             parts = self.task.judge(asked, flat)
-            main = "accuracy" if "accuracy" in self.task.weights else next(iter(self.task.weights))
-            right = np.array([p[main] >= 1 for p in parts]).reshape(len(problems), -1)
-            ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= grpo.eval_samples]
+            right = [all(p[name] >= 1 for name in RIGHT if name in p) for p in parts]
+            solved = np.array(right).reshape(len(problems), -1).sum(axis=1)
+            ks = powers(grpo.eval_samples)
             row = {
-                **{f"pass_{k}": float(np.mean([pass_at_k(len(r), int(r.sum()), k) for r in right])) for k in ks},
-                **{f"heldout_{name}": float(np.mean([p[name] for p in parts])) for name in self.task.weights},
+                **{f"pass_{k}": float(np.mean([pass_at(k, grpo.eval_samples, int(n)) for n in solved])) for k in ks},
+                **{f"heldout_{name}": _mean_of(parts, name) for name in self.task.weights},
                 "heldout_length": float(np.mean(lengths)),
                 "heldout_truncated": n_cut / len(flat),
             }
@@ -394,6 +394,7 @@ class Run:
         ends = self.tokenizer.eos_ids
         texts = [self.tokenizer.decode(t[:-1] if t and t[-1] in ends else t) for t in tokens]
         k = grpo.eval_samples
+        texts = [begun(problems[i // k], self._template, grpo.style) + text for i, text in enumerate(texts)]
         return [texts[i : i + k] for i in range(0, len(texts), k)], list(map(len, tokens)), reasons.count("length")
 
     def _keep_samples(self, done: int, problems, texts, parts) -> None:
@@ -406,3 +407,8 @@ class Run:
                 lines += [f"## answer {j + 1}: {worth}", texts[n][j], ""]
         (self.folder / "samples").mkdir(exist_ok=True)
         write_text(self.folder / "samples" / f"step-{done:06}.txt", "\n".join(lines))
+
+
+def _mean_of(parts: list[dict[str, float]], name: str) -> float:
+    """Of a reward, over the answers that it is of; 0 where there are none."""
+    return float(np.mean([p[name] for p in parts if name in p] or [0.0]))

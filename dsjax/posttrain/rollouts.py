@@ -63,13 +63,15 @@ class Rollouts:
         engine: Engine,
         task: Task,
         encode: Callable[[Problem], list[int]],
+        begun: Callable[[Problem], str],
         tokenizer: Tokenizer,
         grpo: GrpoConfig,
         seed: int,
         n_groups: int,
         state: dict[str, Any] | None = None,
     ):
-        self.engine, self.task, self.encode, self.tokenizer = engine, task, encode, tokenizer
+        self.engine, self.task, self.tokenizer = engine, task, tokenizer
+        self.encode, self.begun = encode, begun  # a prompt's tokens, and what of an answer it has already
         self.grpo, self.seed, self.n_groups = grpo, seed, n_groups
         self.next = 0  # the number of the next problem
         self.groups: list[Group] = []  # begun and not yet taken, the oldest first
@@ -172,7 +174,7 @@ class Rollouts:
     def _judge(self, group: Group) -> None:
         """Begins to judge a group that is done, beside the sampling of others."""
         if group.done:
-            texts = [self.text(answer) for answer in group.answers]
+            texts = [self.begun(group.problem) + self.text(answer) for answer in group.answers]
             group.parts = self.judges.submit(self.task.judge, [group.problem] * len(texts), texts)
 
     def text(self, answer: Answer) -> str:

@@ -1,0 +1,75 @@
+"""`dsjax grpo`."""
+
+from pathlib import Path
+
+import click
+
+from dsjax.cli.find import find_model, with_devices
+from dsjax.cli.verb import DEVICES, Verb
+from dsjax.config import ConfigError, load, override, show
+
+
+@click.command(
+    cls=Verb,
+    fields=True,
+    short_help="Train a model on rewards (GRPO).",
+    options_metavar="--task TASK [--run PATH] [OPTIONS] [--FIELD=VALUE]...",
+    epilog="""\b
+Examples:
+  dsjax grpo runs/base --task parity:24 --style plain --steps 100 --optimizer.peak-lr=3e-4
+  dsjax grpo runs/v3-sft --task problems.jsonl --recipe r1_1 --grpo.rewards=accuracy:1,format:1,language:0.1
+  dsjax grpo runs/base-grpo --steps 400
+
+Any field of the configuration is an option: `dsjax config RUN` lists them, those of grpo with the others.""",
+)
+@click.argument("source", metavar="MODEL")
+@click.option("--task", metavar="TASK", help="A .jsonl file of problems, gym:NAME, or parity:BITS.")
+@click.option("--run", "run", metavar="PATH", help="Run folder; one that exists is resumed.  [default: runs/NAME-grpo]")
+@click.option("--recipe", metavar="NAME", help="Published settings: r1_zero, r1_1, r1_2, math, v3_2.  [default: small]")
+@click.option("--style", metavar="NAME", help="How prompts are put: r1_zero, chat, plain.  [default: the recipe's]")
+@DEVICES
+@click.option("--quiet", is_flag=True, help="No bar, for logs.")
+def grpo(
+    source: str,
+    task: str | None,
+    run: str | None,
+    recipe: str | None,
+    style: str | None,
+    devices: int | None,
+    quiet: bool,
+    changes: dict[str, str],
+):
+    """Train MODEL to give answers that earn rewards, sampled from itself in groups (DeepSeek-R1's GRPO).
+
+    MODEL is a run folder, or that of a GRPO run to go on with. The run folder is one like any other: `dsjax generate`,
+    `serve`, `report` and `eval --task` take it.
+    """
+    changes = with_devices(changes, devices)
+    for name, value in (("grpo.task", task), ("grpo.style", style)):
+        if value is not None and name in changes:
+            raise ConfigError(f"--{name}={show(changes[name])}: expected --{name[5:]} or that, not both")
+        changes |= {} if value is None else {name: value}
+    folder = find_model(source)
+    from dsjax.hub.config import is_hub_folder
+
+    if is_hub_folder(folder):
+        raise ConfigError(f"{source}: a Hub folder; `dsjax convert import {source} runs/NAME` makes a run of it")
+    kept = load(folder / "config.json")
+    begun = run is None and kept.grpo is not None and task is None and recipe is None
+    run_folder = folder if begun else Path(run or f"runs/{folder.absolute().name}-grpo")
+    resumed = (run_folder / "checkpoints").exists() and (run_folder / "config.json").exists()
+    from dsjax.posttrain import grpo as loop
+    from dsjax.posttrain.recipes import begin_with
+    from dsjax.train.programs import keep_programs
+
+    if resumed:
+        config = load(run_folder / "config.json")
+        if config.grpo is None:
+            raise ConfigError(f"{run_folder}: holds a run of another kind; choose another --run")
+        config = override(config, changes)
+    else:
+        if "grpo.task" not in changes:
+            raise ConfigError("--task: missing; expected a .jsonl file of problems, gym:NAME, or parity:BITS")
+        config = begin_with(kept, recipe or "small", changes)
+    keep_programs()
+    loop.train(config, run_folder, source=None if resumed else folder, explicit=changes, quiet=quiet)
