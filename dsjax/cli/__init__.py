@@ -14,6 +14,7 @@ from dsjax.cli.claims import claims
 from dsjax.cli.convert import convert
 from dsjax.cli.data import data
 from dsjax.cli.evaluate import evaluate
+from dsjax.cli.grpo import grpo
 from dsjax.cli.model import generate
 from dsjax.cli.needle import needle
 from dsjax.cli.plan import plan

@@ -69,9 +69,9 @@ def train(
             check(config)
             mesh = device_mesh(config)
             tokenizer = run_tokenizer(run_folder)
-            task = task or open_.enter_context(
-                open_task(config.grpo.task, weights=config.grpo.rewards, seed=config.seed)
-            )
+            if task is None:
+                weights = config.grpo.rewards or None
+                task = open_.enter_context(open_task(config.grpo.task, weights=weights, seed=config.seed))
             journal = Journal(run_folder, report)
             checkpoints = Checkpoints(
                 run_folder,
