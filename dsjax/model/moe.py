@@ -190,7 +190,7 @@ class MoE(nnx.Module):
         replay: experts to send tokens to, as `Router` takes them.
         """
         recipe = recipe_of(compute)
-        routing = self.router(x, bias, replay, recipe.router)
+        routing = self.router(x, bias, indices=replay, dtype=recipe.router)
         y, overflow = self.experts(x, routing, compute)
         return self._with_shared(x, y, recipe.shared), routing, overflow
 

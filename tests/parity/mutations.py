@@ -62,7 +62,7 @@ def _rank_by_best(scores, bias, cfg, right=router.choose_experts):
     return right(scores + bias, bias, v2)
 
 
-def _no_shared(self, x, bias, compute):
+def _no_shared(self, x, bias, compute, replay):
     routing = self.router(x, bias)
     y, overflow = self.experts(x, routing, compute)
     return y, routing, overflow
