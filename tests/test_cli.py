@@ -216,6 +216,45 @@ def test_eval_prints_a_table_or_json(calls, run_folder):
     assert calls[1] == ("runs/tiny", {"data.sources": "x.txt"}, 3)
 
 
+def test_eval_asks_problems(calls, run_folder, monkeypatch):
+    import dsjax.posttrain.evaluate
+
+    def evaluate(loaded, task, problems, asking, *, label, out, max_rows, best_by, **_):
+        calls.append((loaded, task.name, len(problems), asking, label, out, max_rows, best_by))
+        return {"pass@1": 0.5}
+
+    monkeypatch.setattr(dsjax.posttrain.evaluate, "evaluate", evaluate)
+    monkeypatch.setattr(
+        sys.modules["dsjax.cli.evaluate"], "_load", lambda folder, checkpoint, given: ("model", checkpoint)
+    )
+    asking = dsjax.posttrain.evaluate.Asking
+    assert run("eval", run_folder, "--task=parity:24").output.split() == ["pass@1", "0.5000"]
+    assert calls == [("model", "parity:24", 256, asking(), "runs/tiny", None, 8, "reward")]
+    options = "--limit=3 --samples=2 --temperature=0.5 --top-p=1 --max-tokens=9 --seed=0 --best-by=logprob --max-rows=2"
+    more = ["--out=x.jsonl", "--checkpoint=3", "--json", "--style=r1_zero"]
+    assert json.loads(run("eval", run_folder, "--task=parity:24", *options.split(), *more).output) == {"pass@1": 0.5}
+    asked = asking(2, 0.5, 1.0, 9, 0, "r1_zero")
+    assert calls[1] == ("model", "parity:24", 3, asked, "runs/tiny, step 3", Path("x.jsonl"), 2, "logprob")
+    run("eval", run_folder, "--task=parity:24", "--temperature=0")
+    assert calls[2][3] == asking(samples=1, temperature=0)
+
+
+def test_a_file_of_problems_is_asked_whole_or_as_training_holds_it_out(calls, run_folder, monkeypatch):
+    import dsjax.posttrain.evaluate
+
+    Path("x.jsonl").write_text("".join(json.dumps({"prompt": str(n), "answer": "B"}) + "\n" for n in range(200)))
+    monkeypatch.setattr(dsjax.posttrain.evaluate, "evaluate", lambda _, task, problems, *a, **b: {"n": len(problems)})
+    monkeypatch.setattr(sys.modules["dsjax.cli.evaluate"], "_load", lambda *_: (None, None))
+    options = ["eval", run_folder, "--task=x.jsonl", "--rewards=choice"]
+    assert run(*options).output.split() == ["n", "200"]
+    assert 0 < int(run(*options, "--heldout").output.split()[1]) < 30
+
+
+def test_eval_takes_a_seed_of_the_configuration_as_before(calls, run_folder):
+    run("eval", run_folder, "--seed=0")
+    assert calls == [("runs/tiny", {"seed": "0"}, None)]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -271,6 +310,14 @@ def test_eval_prints_a_table_or_json(calls, run_folder):
         ("needle runs/tiny --text none.txt", "none.txt: No such file or directory"),
         ("eval runs", "runs: expected a run folder, and this folder has no config.json"),
         ("eval runs/tiny --data.source=x", "--data.source=x: no such option; the nearest is --data.sources"),
+        ("eval runs/tiny --samples=3", "--samples=3: expected with --task"),
+        ("eval runs/tiny --task=parity:8 --tasks=x", "--tasks=x: expected without --task"),
+        ("eval runs/tiny --task=parity:8 --steps=7", "--steps=7: expected with neither --task nor --tasks"),
+        ("eval runs/tiny --task=parity:8 --include-path=x", "--include-path=x: expected with --tasks"),
+        ("eval runs/tiny --tasks=x --rewards=gym", "--rewards=gym: expected with --task"),
+        ("eval runs/tiny --task=parity:8 --heldout", "--heldout: expected with a file; parity:8 has held-out problems"),
+        ("eval runs/tiny --task=x.jsonl", "task=x.jsonl: expected a .jsonl file, gym:NAME, or parity:BITS"),
+        ("eval runs/tiny --task=parity:8 --out=.", "--out=.: expected a file"),
         ("presets x", "got unexpected extra argument (x); see `dsjax presets --help`"),
     ],
 )

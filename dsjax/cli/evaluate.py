@@ -40,7 +40,9 @@ Examples:
 @click.option("--heldout", is_flag=True, help="Of a file, those problems alone that training holds out.")
 @click.option("--tasks", metavar="NAME,NAME", help="Tasks of lm-eval.")
 @click.option("--include-path", metavar="FOLDER", help="Where their YAML files are.  [default: lm-eval's own]")
-@click.option("--samples", type=POSITIVE, help="Answers a problem.  [default: 16; with --tasks, theirs]")
+@click.option(
+    "--samples", type=POSITIVE, help="Answers a problem.  [default: 16, 1 at temperature 0; with --tasks, theirs]"
+)
 @click.option("--temperature", type=TEMPERATURE, help="0 takes the likeliest token.  [default: 0.6]")
 @click.option("--top-p", type=PROBABILITY, help="Sample from this much probability.  [default: 0.95]")
 @click.option("--max-tokens", type=POSITIVE, help="Longest answer.  [default: 2048]")
@@ -64,7 +66,7 @@ def evaluate(run_folder: str, checkpoint, devices, as_json: bool, changes: dict[
     With --task, it is asked problems, and its answers are judged: pass@k, majority, the best of n. With --tasks,
     lm-eval's tasks are run on it. MODEL is a run folder then, a Hub checkpoint's folder, or a Hub name.
     """
-    given = {name: value for name, value in given.items() if value not in (None, False)}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     if task is None and tasks is None:
         return _heldout_text(run_folder, checkpoint, devices, as_json, changes, given)
     if task is not None and tasks is not None:
@@ -105,6 +107,8 @@ def _task(folder: Path, checkpoint: int | None, as_json: bool, spec: str, given:
         raise ConfigError(f"--heldout: expected with a file; {show(spec)} has held-out problems of its own")
     heldout = spec if is_file and "heldout" not in given else None
     out = _out(given)
+    if given.get("temperature") == 0:
+        given = {"samples": 1} | given
     asking = Asking(
         **{name: given[name] for name in ("samples", "temperature", "top_p", "max_tokens", "seed") if name in given},
         style=given.get("style") or ("chat" if _has_template(folder) else "plain"),

@@ -20,8 +20,9 @@ class Judging:
 
     def __init__(self, names: Iterable[str]):
         with ExitStack() as stack:
-            self._pool = stack.enter_context(ThreadPoolExecutor(_THREADS))
             self._judges = {name: stack.enter_context(REWARDS[name].open()) for name in names}
+            self._pool = ThreadPoolExecutor(_THREADS)
+            stack.callback(self._pool.shutdown, cancel_futures=True)  # before what they ask is closed
             self._stack = stack.pop_all()
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[dict[str, float]]:

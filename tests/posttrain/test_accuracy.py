@@ -11,7 +11,7 @@ pytest.importorskip("math_verify", reason="needs the posttrain extra")
 
 @pytest.fixture(scope="module")
 def judges():
-    with Judges(2, seconds=2) as judges:
+    with Judges(2, seconds=2.0) as judges:
         yield judges
 
 

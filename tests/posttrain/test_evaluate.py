@@ -76,6 +76,12 @@ class Letters:
 
     name, weights = "letters", {"accuracy": 1.0, "format": 0.5}
 
+    def problem(self, index):
+        return PROBLEMS[index % 3]
+
+    def heldout(self):
+        return []
+
     def judge(self, problems, texts):
         return [{"accuracy": float(t[:1] < "@"), "format": float(len(t) > 4)} for t in texts]
 
@@ -162,7 +168,7 @@ def test_a_task_is_evaluated_from_end_to_end(loaded):
 
 def test_what_cannot_be_evaluated(loaded):
     with pytest.raises(ConfigError, match="samples=2: expected 1 with temperature=0"):
-        Asking(samples=2, temperature=0)
+        Asking(samples=2, temperature=0.0)
     for problems, options, message in (
         (
             [Problem("x", facts={"rewards": ["format"]})],

@@ -14,7 +14,7 @@ pytest.importorskip("reasoning_gym", reason="needs the gym extra")
 
 @pytest.fixture(scope="module")
 def scorers():
-    with Scorers(1, seconds=2) as scorers:
+    with Scorers(1, seconds=2.0) as scorers:
         yield scorers
 
 

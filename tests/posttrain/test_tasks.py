@@ -72,7 +72,7 @@ def test_rewards_of_a_file(tmp_path):
         got = task.judge([sum_, choice, sum_], [BOX % "4.0", BOX % "b", "4"])
         assert got == [{"accuracy": 1, "format": 1}, {"choice": 1}, {"accuracy": 0, "format": 0}]
         assert [total(parts, task.weights) for parts in got] == [2, 1, 0]
-        assert total({"accuracy": 1, "format": 1}, {"accuracy": 1, "format": 0.5}) == 1.5
+        assert total({"accuracy": 1.0, "format": 1.0}, {"accuracy": 1.0, "format": 0.5}) == 1.5
         assert task.answer(r"\boxed{1} \boxed{2}") == "2" and task.answer("The answer is B") == "B"
         assert task.answer("none") is None
 
@@ -143,7 +143,7 @@ def test_what_is_no_task(tmp_path):
 
 def test_weights_as_they_are_typed():
     assert read_weights("accuracy:1,format:0.5, language") == {"accuracy": 1, "format": 0.5, "language": 1}
-    assert read_weights({"format": -1}) == {"format": -1}
+    assert read_weights({"format": -1.0}) == {"format": -1}
     for given, message in (
         ("acuracy:1", "rewards: acuracy: no such reward; the nearest is accuracy of accuracy, format"),
         ("format:x", "rewards: format:x: expected a number, as in format:0.5"),

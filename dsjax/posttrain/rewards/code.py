@@ -53,7 +53,7 @@ def _lines(text: str) -> list[str]:
 @contextmanager
 def _open() -> Iterator[Judge]:
     sandbox.check()
-    yield lambda problem, text: code_reward(text, problem.facts["tests"])
+    yield lambda problem, text: code_reward(text, [tuple(pair) for pair in problem.facts["tests"]])
 
 
 def _lacks(problem: Problem) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 _MEMORY_BYTES = 4 << 30  # of addresses that a worker may take
-_START_S = 60  # for a worker to import what it needs
+_START_S = 60.0  # for a worker to import what it needs
 
 
 class Workers:
