@@ -16,6 +16,7 @@ from dsjax.cli.data import data
 from dsjax.cli.model import evaluate, generate
 from dsjax.cli.needle import needle
 from dsjax.cli.plan import plan
+from dsjax.cli.posttrain import sft
 from dsjax.cli.report import report
 from dsjax.cli.serve import serve
 from dsjax.cli.settings import config, presets
@@ -39,6 +40,7 @@ def cli():
 
 for command in (
     train,
+    sft,
     generate,
     serve,
     presets,

@@ -115,12 +115,14 @@ def evaluate(run_folder: str, checkpoint: int | None, devices: int | None, as_js
     """
     folder = find_run(run_folder)
     changes = with_devices(changes, devices)
-    override(load(folder / "config.json"), changes)  # a typo shows before JAX is imported
+    config = override(load(folder / "config.json"), changes)  # a typo shows before JAX is imported
     import jax
 
+    from dsjax.posttrain.chats import whole_chats
     from dsjax.train import loop
 
-    result = loop.evaluate(folder, changes, step=checkpoint)
+    whole = None if config.data.learn == "text" else whole_chats
+    result = loop.evaluate(folder, changes, step=checkpoint, whole=whole)
     if jax.process_index() > 0:
         return
     if as_json:
