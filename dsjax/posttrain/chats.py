@@ -56,14 +56,16 @@ def render_record(
         raise BadInput(place, "bad record", f"chat_template_kwargs={show(variables)}: expected an object")
     if template is None:
         raise ConfigError(f"{place}: messages, and the model's folder has no chat template; expected --template=FILE")
+    reserved = ("messages", "add_generation_prompt", "learn")
+    variables = {"tools": record.get("tools") or None} | {k: v for k, v in variables.items() if k not in reserved}
     try:
-        return render_chat(messages, template, tokenizer, learn=learn, tools=record.get("tools") or None, **variables)
+        return render_chat(messages, template, tokenizer, learn=learn, **variables)
     except HubError as error:
         raise BadInput(place, "not rendered", str(error)) from None
 
 
 def render_chat(
-    messages: list[Message], template: ChatTemplate, tokenizer: Tokenizer, *, learn: str = "assistant", **variables
+    messages: list[Message], template: ChatTemplate, tokenizer: Tokenizer, /, learn: str = "assistant", **variables
 ) -> list[Chat]:
     """Messages as rows in which every turn of the assistant is learned once, to its end of text; or its last turn.
 
@@ -91,17 +93,21 @@ def render_chat(
 
 def _turn(messages: list[Message], i: int, template: ChatTemplate, variables: dict) -> tuple[str, str]:
     """The prompt of the assistant's turn, and what it says: its reasoning, too, where the template leaves that out."""
-    prompt = template.render(messages[:i], **variables)
-    whole = template.render(messages[: i + 1], add_generation_prompt=False, **variables)
+
+    def written(message: Message) -> str:
+        return template.render([*messages[:i], message], add_generation_prompt=False, **variables)
+
+    prompt, whole = template.render(messages[:i], **variables), written(messages[i])
     content = messages[i].get("content") or ""
     reasoning = next((messages[i][name] for name in REASONING if messages[i].get(name)), None)
     begin, end = next((pair for pair in THINK if pair[0] in prompt or pair[1] in content), THINK[0])
     inside, is_inside, _ = content.rpartition(end)  # reasoning as part of the content, as R1 writes it
     if whole.startswith(prompt):
         said = whole[len(prompt) :]
-        if is_inside and inside not in said:
+        without = {name: value for name, value in messages[i].items() if name not in REASONING}
+        if is_inside and end not in said:
             said = inside + end + said
-        elif reasoning and reasoning.strip() not in said:
+        elif reasoning and whole == written(without):  # the template has no place for it
             said = f"{begin}\n{_trimmed(reasoning)}\n{end}\n\n{said}"
         return prompt, said
     opened = re.search(re.escape(begin) + r"(\s*)$", prompt)
