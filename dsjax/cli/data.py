@@ -101,8 +101,8 @@ Examples:
 def inspect(what: tuple[str, ...], verify: bool, count: int, row: int, chars: int, **options):
     """Show WHAT is trained on: a folder of shards, text sources, or a run.
 
-    Its numbers, some documents, and a packed row. Special tokens, the parts of fill-in-the-middle and what is learned of
-    conversations have colours on a terminal, and marks elsewhere.
+    Its numbers, some documents, and a packed row. Special tokens, the parts of fill-in-the-middle and what is learned
+    of conversations have colours on a terminal, and marks elsewhere.
     """
     from dsjax.data import show
     from dsjax.data.pipeline import train_rows

@@ -179,7 +179,7 @@ def _go_on(source, run_folder, given, typed, recipe_epochs, epochs, template, op
     config = configuration.load(run_folder / "config.json")
     facts = read_facts(run_folder / "data", None)
     if "data.sources" in given and facts is not None:
-        asked = override(config, given | {name: typed[name] for name in ("data.on_error",) if name in typed})
+        asked = override(config, {"data.sources": given["data.sources"]})
         if fingerprint_of(asked, run_folder) != facts["sha256"]:
             raise ConfigError(
                 f"--data={','.join(given['data.sources'])}: not the conversations that the run in {run_folder} began "

@@ -218,10 +218,15 @@ def test_a_bad_record_is_named_by_its_line_or_counted(line, tmp_path):
     assert len(read("skip")) == 2 and skipped.total() == 1
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers(0, 3) | st.text(max_size=3), lambda inner: (
-    st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["role", "content", "weight", "tool_calls", "thinking", "tools"]), inner, max_size=4)
-), max_leaves=9), st.sampled_from(["messages", "prompt", "tools", "chat_template_kwargs"]))  # fmt: skip
+FIELD = st.sampled_from(["role", "content", "weight", "tool_calls", "thinking", "tools"])
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers(0, 3) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELD, inner, max_size=4),
+    max_leaves=9,
+)
+
+
+@given(VALUE, st.sampled_from(["messages", "prompt", "tools", "chat_template_kwargs"]))
 @settings(deadline=None, max_examples=200)
 def test_whatever_stands_in_a_record_is_a_conversation_or_one_line(value, name):
     record = {"messages": TALK, name: value}
