@@ -121,8 +121,8 @@ def evaluate(run_folder: str, checkpoint: int | None, devices: int | None, as_js
     from dsjax.posttrain.chats import whole_chats
     from dsjax.train import loop
 
-    whole = None if config.data.learn == "text" else whole_chats
-    result = loop.evaluate(folder, changes, step=checkpoint, whole=whole)
+    options = {} if config.data.learn == "text" else {"whole": whole_chats}
+    result = loop.evaluate(folder, changes, step=checkpoint, **options)
     if jax.process_index() > 0:
         return
     if as_json:

@@ -23,7 +23,7 @@ from dsjax.config import Config, ConfigError, replace, show
 from dsjax.data.tokenizer import TOKENIZER_FILES
 from dsjax.files import write_json
 from dsjax.state import TrainState
-from dsjax.train.checkpoint import Checkpoints, abstract_state, has_checkpoint
+from dsjax.train.checkpoint import Checkpoints, abstract_state, has_checkpoint, newest_step
 from dsjax.train.folder import differences, take_lock
 from dsjax.train.spikes import new_history
 from dsjax.train.step import start_state
@@ -88,8 +88,7 @@ def _take_over(source: Path, run_folder: Path, weights_alone: bool) -> None:
     if not (source / "tokenizer.json").is_file():
         raise ConfigError(f"--from={source}: tokenizer.json is missing; `dsjax train {source}` makes it again")
     with _not_in_training(source):
-        with Checkpoints(source, read_only=True) as checkpoints:
-            found = Origin(str(source.absolute()), checkpoints.find(None), weights_alone)
+        found = Origin(str(source.absolute()), newest_step(source), weights_alone)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, run_folder / name)
