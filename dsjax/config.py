@@ -233,6 +233,10 @@ class DataConfig:
     tokenizer: str = Field(
         "bpe", description="bpe = train one on the corpus; bytes; a tokenizer.json; run = the run folder's (imported)"
     )
+    learn: Literal["text", "assistant", "last_turn"] = Field(
+        "text",
+        description="all tokens of documents, or of conversations (`dsjax sft`) the assistant's or its last turn's",
+    )
     heldout_fraction: float = Field(0.02, gt=0, lt=1, description="part of the documents kept for evaluation")
     fim_rate: float = Field(0.0, ge=0, le=1, description="part of the documents turned to prefix-suffix-middle")
     packing: Literal["concat", "best_fit"] = Field("concat", description="cut documents at row ends, or fit whole ones")

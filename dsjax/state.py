@@ -16,6 +16,7 @@ class Batch:
     tokens: jax.Array  # [B, T] int32
     segment_ids: jax.Array  # [B, T] int32, 1, 2, ... within a row
     positions: jax.Array  # [B, T] int32
+    learned: jax.Array | None = None  # [B, T] bool, tokens that the model is to predict; None: all
 
 
 @struct.dataclass

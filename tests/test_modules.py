@@ -34,6 +34,7 @@ DOORS = {
     "dsjax.infer": ("dsjax.data", "dsjax.hub", "dsjax.train"),
     "dsjax.hub": ("dsjax.data", "dsjax.train"),
     "dsjax.plan": ("dsjax.train",),
+    "dsjax.posttrain": ("dsjax.data", "dsjax.hub"),
     "dsjax": ("dsjax.hub",),  # dsjax.load, on first use
 }
 

@@ -18,6 +18,7 @@ from dsjax.cli.grpo import grpo
 from dsjax.cli.model import generate
 from dsjax.cli.needle import needle
 from dsjax.cli.plan import plan
+from dsjax.cli.posttrain import sft
 from dsjax.cli.report import report
 from dsjax.cli.serve import serve
 from dsjax.cli.settings import config, presets
@@ -41,6 +42,7 @@ def cli():
 
 for command in (
     train,
+    sft,
     grpo,
     generate,
     serve,

@@ -17,7 +17,7 @@ FIELD = click.option(
 ON_ERROR = click.option(
     "--on-error", type=click.Choice(["raise", "skip"]), default="raise", show_default=True, help="A bad line or file."
 )
-STYLES = {"prefix": "green", "suffix": "blue", "middle": "bold magenta", "special": "dim"}
+STYLES = {"learned": "green", "prefix": "green", "suffix": "blue", "middle": "bold magenta", "special": "dim"}
 
 
 @click.group(
@@ -101,8 +101,8 @@ Examples:
 def inspect(what: tuple[str, ...], verify: bool, count: int, row: int, chars: int, **options):
     """Show WHAT is trained on: a folder of shards, text sources, or a run.
 
-    Its numbers, some documents, and a packed row. Special tokens and the parts of fill-in-the-middle have colours on a
-    terminal, and marks elsewhere.
+    Its numbers, some documents, and a packed row. Special tokens, the parts of fill-in-the-middle and what is learned
+    of conversations have colours on a terminal, and marks elsewhere.
     """
     from dsjax.data import show
     from dsjax.data.pipeline import train_rows
@@ -113,7 +113,8 @@ def inspect(what: tuple[str, ...], verify: bool, count: int, row: int, chars: in
     for s in corpus.stored:
         _print_manifest(s.place, s.manifest)
     printer = Printer(chars)
-    for number, tokens in enumerate(show.sample_documents(corpus, config, count, seed), 1):
+    documents = show.sample_documents(corpus, config, count, seed) if config.learn == "text" else []
+    for number, tokens in enumerate(documents, 1):
         printer.rule(f"document {number}, {len(tokens):,} tokens")
         printer.parts(show.document_parts(tokens, corpus.tokenizer, config.fim_rate, seed, number))
     packed = train_rows(corpus, config, seq_len, seed, note)[row]
@@ -210,7 +211,7 @@ class Printer:
                 half = self.chars // 2
                 text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[len(text) - half :]}"
             text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-            if not self.console.is_terminal and kind in ("prefix", "suffix", "middle"):
+            if not self.console.is_terminal and kind not in ("text", "special"):
                 text = f"[{kind}:]{text}[:{kind}]"
             whole.append(text, style=STYLES.get(kind))
         self.console.print(whole)

@@ -88,12 +88,14 @@ def _heldout_text(run_folder, checkpoint, devices, as_json, changes, given) -> N
         changes = {**changes, "seed": str(given.pop("seed"))}
     _refuse(given, (), "--task")
     changes = with_devices(changes, devices)
-    override(load(folder / "config.json"), changes)  # a typo shows before JAX is imported
+    config = override(load(folder / "config.json"), changes)  # a typo shows before JAX is imported
     import jax
 
+    from dsjax.posttrain.chats import whole_chats
     from dsjax.train import loop
 
-    result = loop.evaluate(folder, changes, step=checkpoint)
+    options = {} if config.data.learn == "text" else {"whole": whole_chats}
+    result = loop.evaluate(folder, changes, step=checkpoint, **options)
     if jax.process_index() == 0:
         _show(result, as_json)
 

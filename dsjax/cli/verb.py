@@ -15,7 +15,11 @@ import click
 from dsjax.config import ConfigError, expected, field_names, nearest, show
 from dsjax.plan.count import human_number
 
-SHORT = {"overlap": "compute.overlap", "precision": "compute.precision"}  # options that need no section
+SHORT = {
+    "overlap": "compute.overlap",
+    "precision": "compute.precision",
+    "on_error": "data.on_error",
+}  # options that need no section
 OPTION = re.compile(r"--[A-Za-z][\w.-]*(=.*)?", re.DOTALL)  # "-- a comment" is a value, "--steps" is not
 
 
@@ -82,8 +86,8 @@ def _number_of(kind: type, name: str) -> Number:
 class Verb(click.Command):
     """A command with options of its own and, if `fields`, every configuration field as one more.
 
-    The fields arrive as the argument `changes`, dotted name -> text. Every option may be given once, before or after
-    the arguments.
+    The fields arrive as the argument `changes`, dotted name -> text. Every option may be given once, unless it
+    is `multiple`, before or after the arguments.
     """
 
     def __init__(self, *args, fields: bool = False, **kwargs):
@@ -122,7 +126,7 @@ class Verb(click.Command):
                     raise ConfigError(f"{name}: missing value; expected {wanted}")
                 value = queue.pop(0)
             key = name if name in own else field
-            if key in given:
+            if key in given and not getattr(own.get(name), "multiple", False):
                 raise ConfigError(f"{name}={show(value)}: given twice, first as {show(given[key])}")
             given[key] = value
             if name in own:

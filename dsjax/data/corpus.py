@@ -11,7 +11,7 @@ import lzma
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def load_corpus(
     made_of = f"{_fingerprint(survey)} {survey.weights.tolist()} {tokenizer.dumps()}"
     made_of += f" split {config.split_rate} {seed}" if config.split_rate else ""
     fingerprint = digest(made_of.encode())
-    facts = _read_facts(folder / "data", fingerprint)
+    facts = read_facts(folder / "data", fingerprint)
     if facts is None and not make:
         raise ConfigError(
             f"{folder / 'data'}: not the tokens of data.sources={','.join(config.sources)}; expected the same text, "
@@ -254,16 +254,21 @@ def _encode(
         **compressors_bpb(heldout_text),
     }
     names = ("train.tokens", "train.lengths.npy", "heldout.tokens", "heldout.lengths.npy", "heldout.txt")
-    digests = {name: _file_digest(folder / name) for name in names}
-    with replacing(folder / "facts.json") as file:
-        file.write(json.dumps({"fingerprint": fingerprint, "files": digests, "facts": facts}, indent=1).encode())
+    write_facts(folder, fingerprint, names, facts)
     return facts
 
 
-def _read_facts(folder: Path, fingerprint: str) -> dict | None:
-    """The facts of a whole cache of this corpus, else None."""
+def write_facts(folder: Path, fingerprint: str, names: Sequence[str], facts: dict) -> None:
+    """The last file of a cache: what it is of, the digests of its files, and facts about them."""
+    digests = {name: _file_digest(folder / name) for name in names}
+    with replacing(folder / "facts.json") as file:
+        file.write(json.dumps({"fingerprint": fingerprint, "files": digests, "facts": facts}, indent=1).encode())
+
+
+def read_facts(folder: Path, fingerprint: str | None) -> dict | None:
+    """The facts of a whole cache of this corpus (None: of any), else None."""
     kept = read_json(folder / "facts.json")
-    if kept.get("fingerprint") != fingerprint or not isinstance(kept.get("facts"), dict):
+    if fingerprint not in (None, kept.get("fingerprint")) or not isinstance(kept.get("facts"), dict):
         return None
     whole = all(_file_digest(folder / name) == sha256 for name, sha256 in kept["files"].items())
     return kept["facts"] if whole else None

@@ -15,11 +15,15 @@ N_SPECIALS, N_FIM = 2, 3  # tokens around a document, and those FIM adds
 
 @dataclass(frozen=True)
 class TokenizedDocuments:
-    """Token ids without special ones, one document behind the other; they may be a memory map."""
+    """Token ids without special ones, one document behind the other; they may be a memory map.
+
+    Conversations, of which some tokens are `learned`, have all of theirs.
+    """
 
     tokens: np.ndarray  # [N] int32
     lengths: np.ndarray  # [documents] int64
     weights: np.ndarray  # [documents] float64, times a document occurs in an epoch on average
+    learned: np.ndarray | None = None  # [N] bool, of conversations
 
     def __post_init__(self):
         object.__setattr__(self, "ends", np.cumsum(self.lengths))
@@ -29,6 +33,14 @@ class TokenizedDocuments:
 
     def __getitem__(self, i: int) -> np.ndarray:
         return self.tokens[self.ends[i] - self.lengths[i] : self.ends[i]]
+
+    def learned_of(self, i: int) -> np.ndarray:
+        return self.learned[self.ends[i] - self.lengths[i] : self.ends[i]]
+
+    @property
+    def n_specials(self) -> int:
+        """Tokens that a row adds to each."""
+        return N_SPECIALS if self.learned is None else 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ def draw_epoch(documents: TokenizedDocuments, fim_rate: float, seed: int, epoch:
     fim = uniforms(m, seed, epoch, 2) < fim_rate
     cuts = np.sort(uniforms(2 * m, seed, epoch, 3).reshape(m, 2), axis=1) * (length[:, None] + 1)
     cuts = np.where(fim[:, None], cuts.astype(np.int64), -1)
-    return Epoch(document, cuts, length + N_SPECIALS + N_FIM * fim)
+    return Epoch(document, cuts, length + documents.n_specials + N_FIM * fim)
 
 
 def slice_document(tokens: np.ndarray, cuts, tokenizer: Tokenizer, start: int, length: int) -> np.ndarray:

@@ -147,10 +147,18 @@ def _part(rows: list[list[tuple[int, int, int]]], empty: int) -> None:
 FITTERS = {"concat": concat_into, "best_fit": best_fit_into}
 
 
-def render(pieces: list[np.ndarray], seq_len: int, pad_id: int) -> dict[str, np.ndarray]:
-    """A row from its pieces of tokens: tokens, segment_ids 1, 2, ... (0 = padding), positions from 0 in each piece."""
+def render(
+    pieces: list[np.ndarray], seq_len: int, pad_id: int, learned: list[np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """A row from its pieces of tokens: tokens, segment_ids 1, 2, ... (0 = padding), positions from 0 in each piece.
+
+    With `learned`, which says it of each piece's tokens, the row says it too.
+    """
     row = {name: np.zeros(seq_len, np.int32) for name in ("tokens", "segment_ids", "positions")}
     row["tokens"][:] = pad_id
+    if learned is not None:
+        row["learned"] = np.zeros(seq_len, bool)
+        row["learned"][: sum(map(len, learned))] = np.concatenate(learned)
     column = 0
     for segment, piece in enumerate(pieces, 1):
         here = slice(column, column + len(piece))

@@ -6,6 +6,7 @@ for step, arrays in batches(rows, lambda step: (16 * step, 16 * step + 16), 0, 1
     ...
 """
 
+import math
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,12 @@ import numpy as np
 
 from dsjax.config import ConfigError, DataConfig
 from dsjax.data import corpus as texts
+from dsjax.data.chats import load_chats
 from dsjax.data.corpus import Corpus
-from dsjax.data.documents import N_SPECIALS, Epoch, draw_epoch, slice_document, uniforms
-from dsjax.data.packing import PACKERS, Plan, concat, render
+from dsjax.data.documents import Epoch, TokenizedDocuments, draw_epoch, slice_document, uniforms
+from dsjax.data.packing import PACKERS, Plan, best_fit, concat, render
 from dsjax.data.stored import load_stored
+from dsjax.data.tokenizer import Tokenizer
 from dsjax.data.windows import ShardRows
 
 __all__ = ["Corpus", "TrainRows", "batches", "heldout_rows", "load_corpus", "train_rows"]
@@ -30,7 +33,10 @@ KEPT_EPOCHS = 2  # reading threads run ahead into the next one
 def load_corpus(
     config: DataConfig, vocab_size: int, folder: Path, *, seed: int = 0, progress: bool = True, make: bool = True
 ) -> Corpus:
-    """The corpus of the run in `folder`: of shards as it is, of text as dsjax.data.corpus keeps it there."""
+    """The corpus of the run in `folder`: of shards as it is, of text as dsjax.data.corpus keeps it there, and of
+    conversations as `dsjax sft` has put it there."""
+    if config.learn != "text":
+        return load_chats(config, vocab_size, folder)
     stored = load_stored(config, vocab_size, folder, make=make)
     if stored is not None:
         return stored
@@ -61,11 +67,8 @@ class TrainRows:
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         """tokens, segment_ids and positions of a row, each [seq_len] int32."""
         (epoch, plan, order), row = self._find(row)
-        pieces = []
-        for index, start, length in plan.pieces(order[row]):
-            tokens = self.documents[epoch.document[index]]
-            pieces.append(slice_document(tokens, epoch.cuts[index], self.tokenizer, start, length))
-        return render(pieces, self.seq_len, self.tokenizer.pad_id)
+        pieces = [(epoch.document[i], epoch.cuts[i], start, n) for i, start, n in plan.pieces(order[row])]
+        return _render(self.documents, pieces, self.tokenizer, self.seq_len)
 
     def reading(self) -> str:
         """What the reading threads wait for, as ShardRows says it: of tokens in the run folder, nothing."""
@@ -77,6 +80,15 @@ class TrainRows:
             while row >= self.first_rows[-1]:
                 self._plan(len(self.first_rows) - 1)
             return bisect_right(self.first_rows, row) - 1
+
+    def rows_in(self, epochs: float) -> int:
+        """Rows of the first passes over the documents; of a part of one, that part."""
+        whole = int(epochs)
+        with self.lock:
+            while len(self.first_rows) < whole + 2:
+                self._plan(len(self.first_rows) - 1)
+            first, after = self.first_rows[whole : whole + 2]
+        return first + math.ceil((epochs - whole) * (after - first))
 
     def documents_of(self, row: int) -> list[int]:
         """The training documents of which a row holds a piece, by their numbers in the corpus."""
@@ -130,12 +142,21 @@ def batches(
 
 def heldout_rows(corpus: Corpus, seq_len: int) -> dict[str, np.ndarray]:
     """All held-out documents as rows [R, seq_len], in order: each transition inside a document occurs once."""
-    plan = concat(corpus.heldout.lengths + N_SPECIALS, seq_len)
+    documents = corpus.heldout
+    plan = (concat if documents.learned is None else best_fit)(documents.lengths + documents.n_specials, seq_len)
     rows = []
     for row in range(plan.n_rows):
-        pieces = [
-            slice_document(corpus.heldout[document], (-1, -1), corpus.tokenizer, start, length)
-            for document, start, length in plan.pieces(row)
-        ]
-        rows.append(render(pieces, seq_len, corpus.tokenizer.pad_id))
+        pieces = [(document, (-1, -1), start, length) for document, start, length in plan.pieces(row)]
+        rows.append(_render(documents, pieces, corpus.tokenizer, seq_len))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _render(documents: TokenizedDocuments, pieces: list, tokenizer: Tokenizer, seq_len: int) -> dict[str, np.ndarray]:
+    """The row of some pieces (document, cuts for FIM, start, length)."""
+    if documents.learned is None:
+        parts = [slice_document(documents[i], cuts, tokenizer, start, n) for i, cuts, start, n in pieces]
+        return render(parts, seq_len, tokenizer.pad_id)
+    parts, learned = (
+        [of(i)[start : start + n] for i, _, start, n in pieces] for of in (documents.__getitem__, documents.learned_of)
+    )
+    return render(parts, seq_len, tokenizer.pad_id, learned)

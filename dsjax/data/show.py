@@ -34,10 +34,19 @@ def parts_of(ids: np.ndarray, tokenizer: Tokenizer) -> Iterator[Part]:
         begin = at + 1
 
 
+def chat_parts(ids: np.ndarray, learned: np.ndarray, tokenizer: Tokenizer) -> Iterator[Part]:
+    """What of a conversation is learned, and what is read."""
+    ends = [*(np.flatnonzero(np.diff(learned.astype(np.int8))) + 1).tolist(), len(ids)]
+    for begin, end in zip([0, *ends], ends):
+        yield "learned" if learned[begin] else "text", tokenizer.decode(ids[begin:end], False)
+
+
 def row_parts(row: dict[str, np.ndarray], tokenizer: Tokenizer) -> list[list[Part]]:
     """The documents, or pieces of them, of a packed row; padding is left out."""
-    segments = row["segment_ids"]
-    return [list(parts_of(row["tokens"][segments == s], tokenizer)) for s in range(1, int(segments.max()) + 1)]
+    places = [row["segment_ids"] == segment for segment in range(1, int(row["segment_ids"].max()) + 1)]
+    if "learned" in row:
+        return [list(chat_parts(row["tokens"][here], row["learned"][here], tokenizer)) for here in places]
+    return [list(parts_of(row["tokens"][here], tokenizer)) for here in places]
 
 
 def document_parts(tokens: np.ndarray, tokenizer: Tokenizer, fim_rate: float, seed: int, number: int) -> list[Part]:

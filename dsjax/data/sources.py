@@ -14,12 +14,14 @@ import math
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from dsjax.config import ConfigError, DataConfig
 
+T = TypeVar("T")
 STDLIB_SKIPS = {"test", "tests", "idlelib", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 TEXT = {".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".json", ".yaml", ".yml", ".toml", ".ini", ".ipynb"}
 TEXT |= {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".sh", ".sql"}
@@ -55,6 +57,43 @@ def read_documents(config: DataConfig, skipped: Counter) -> Iterator[Document]:
                 yield Document(name, text, key, weight)
             else:
                 skipped["empty"] += 1
+
+
+def read_records(config: DataConfig, parse: Callable[[dict, str], T], skipped: Counter) -> Iterator[tuple[T, float]]:
+    """What `parse(record, place)` makes of every JSON object in the .jsonl files of config.sources, and its weight.
+
+    `parse` raises BadInput for what is wrong with one. That, and what cannot be read, is raised or counted as by
+    read_documents.
+    """
+
+    def records(pattern: str) -> Iterator:
+        for path, _ in _find_files(pattern, skipped):
+            if READERS.get(_suffix(path)) is _read_lines:
+                yield from _unharmed(path, _parsed(path, parse))
+            else:
+                yield BadInput(str(path), "unknown suffix", "expected a .jsonl file")
+
+    for source in config.sources:
+        pattern, weight = parse_source(source)
+        for value in _guard(config, skipped, records(pattern)):
+            yield value, weight
+
+
+def source_files(config: DataConfig) -> list[tuple[Path, float]]:
+    """The files of config.sources in the order in which they are read, and their weights."""
+    sources = [parse_source(source) for source in config.sources]
+    return [(path, weight) for pattern, weight in sources for path, _ in _find_files(pattern, Counter())]
+
+
+def _parsed(path: Path, parse: Callable[[dict, str], T]) -> Iterator[T | BadInput]:
+    for line, record, _ in _read_lines(path, ""):
+        place = f"{path}: {line}"
+        try:
+            value = _parse_object(record, place)
+            _check_unicode(json.dumps(value, ensure_ascii=False), "the record", place)
+            yield parse(value, place)
+        except BadInput as error:
+            yield error
 
 
 def parse_source(source: str) -> tuple[str, float]:
@@ -143,7 +182,8 @@ def _read_stdlib() -> Iterator:
 
 def _read_file(path: Path, name: str, field: str) -> Iterator:
     """(name, key, text) of each document of a file; BadInput in the place of each that cannot be read."""
-    try:
+
+    def documents() -> Iterator:
         if _suffix(path) not in READERS:
             yield name, name, _decode(_open(path).read(), str(path), is_file=True)
             return
@@ -155,6 +195,14 @@ def _read_file(path: Path, name: str, field: str) -> Iterator:
             else:
                 # By content: a text that occurs twice is on one side only, wherever its copies lie.
                 yield f"{name} {place}", hashlib.sha256(text.encode()).hexdigest(), text
+
+    yield from _unharmed(path, documents())
+
+
+def _unharmed(path: Path, items: Iterator) -> Iterator:
+    """The items that are read from a file; BadInput where it cannot be read any further."""
+    try:
+        yield from items
     except BadInput as error:
         yield error
     except (OSError, EOFError, zlib.error) as error:
@@ -183,25 +231,34 @@ def _decode(data: bytes, place: str, *, is_file: bool = False) -> str:
         raise BadInput(f"{place} line {line}" if is_file else place, "wrong encoding", detail) from None
 
 
-def _parse_json(record: bytes, field: str, place: str) -> str:
-    """The text field of a JSON object."""
+def _parse_object(record: bytes, place: str) -> dict:
     try:
         value = json.loads(_decode(record, place))
     except (ValueError, RecursionError) as error:
         raise BadInput(place, "bad JSON", f"not JSON ({getattr(error, 'msg', error)})") from None
     if not isinstance(value, dict):
         raise BadInput(place, "bad JSON", f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _parse_json(record: bytes, field: str, place: str) -> str:
+    """The text field of a JSON object."""
+    value = _parse_object(record, place)
     if field not in value:
         known = ", ".join(list(value)[:8]) or "none"
         raise BadInput(place, "no text field", f"no field {field!r} (data.text_field); its fields: {known}")
     text = value[field]
     if not isinstance(text, str):
         raise BadInput(place, "no text field", f"field {field!r}: expected a string, got {type(text).__name__}")
+    _check_unicode(text, f"field {field!r}", place)
+    return text
+
+
+def _check_unicode(text: str, what: str, place: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell it
-        raise BadInput(place, "wrong encoding", f"field {field!r} holds half a surrogate pair") from None
-    return text
+        raise BadInput(place, "wrong encoding", f"{what} holds half a surrogate pair") from None
 
 
 def _parse_text(record: bytes | None, field: str, place: str) -> str:

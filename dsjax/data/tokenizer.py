@@ -3,6 +3,7 @@
 All three are one `Tokenizer` and one file format, the tokenizer.json of the `tokenizers` library.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,20 @@ class Tokenizer:
     def encode_rendered(self, text: str) -> list[int]:
         """The ids of a text in which control tokens count, as of a rendered chat template; nothing is added."""
         return self.backend.encode(_unicode(text), add_special_tokens=False).ids
+
+    def encode_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of a rendered text that is given in pieces: those that encode_rendered has of the whole, or of each
+        piece alone where a token would be of two."""
+        ends = list(itertools.accumulate(len(text) for text in texts))
+        whole = self.backend.encode(_unicode("".join(texts)), add_special_tokens=False)
+        pieces, i = [[] for _ in texts], 0
+        for id, (start, stop) in zip(whole.ids, whole.offsets):
+            while i < len(ends) - 1 and start >= ends[i]:
+                i += 1
+            if stop > ends[i]:
+                return [self.encode_rendered(text) for text in texts]
+            pieces[i].append(id)
+        return pieces
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD, ids above the vocabulary nothing."""

@@ -4,6 +4,7 @@ ChatTemplate.load(folder).render([{"role": "user", "content": "Hello"}])
 """
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +19,8 @@ from dsjax.data.tokenizer import special_tokens
 from dsjax.hub.files import HubError, read_json
 
 TEMPLATE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first two
+_MARKS = "\ufdd0", "\ufdd1"  # no characters, by Unicode's definition: what stands for both ends of {% generation %}
+REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field; templates read the first two
 
 
 class ChatTemplate:
@@ -29,6 +31,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, where: str = "chat template", tokens: Mapping[str, str] | None = None):
         self.source, self.where, self.tokens = source, where, dict(tokens or {})
+        self.marks = re.search(r"{%[-+]?\s*generation\b", source) is not None  # whether it says what a model writes
         sandbox = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -60,8 +63,24 @@ class ChatTemplate:
         Variables (tools, documents, thinking, ...) are the template's own; those that are special tokens replace them.
         Raises HubError for messages that are none or that the template does not take, and for what the sandbox forbids.
         """
+        return self._render(messages, False, add_generation_prompt, variables)
+
+    def render_marked(self, messages: list[dict[str, Any]], /, **variables) -> list[tuple[str, bool]]:
+        """The text of a whole conversation in pieces, and of each whether it is inside {% generation %}.
+
+        Raises HubError as `render` does, and where the template makes other text of the pieces.
+        """
+        text = self._render(messages, True, False, variables)
+        pieces = re.split("([\ufdd0\ufdd1])", text)
+        marks = pieces[1::2]
+        whole = self.render(messages, add_generation_prompt=False, **variables)
+        if "".join(pieces[::2]) != whole or marks != [*_MARKS] * (len(marks) // 2):
+            raise HubError(f"{self.where}: what is between {{% generation %}} and its end cannot be told in the text")
+        return [(piece, bool(i % 2)) for i, piece in enumerate(pieces[::2])]
+
+    def _render(self, messages, mark: bool, add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         given = {"tools": None, "documents": None, **self.tokens, **variables}
-        given = {name: _plain(value) for name, value in given.items()}
+        given = {name: _plain(value) for name, value in given.items()} | {_Generation.variable: mark}
         values = given | {"messages": _checked(messages), "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(values)
@@ -74,17 +93,20 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}, which marks what a model wrote for training elsewhere, is only text."""
+    """{% generation %} ... {% endgeneration %} around what a model wrote: only text, or between _MARKS if asked for."""
 
     tags = {"generation"}  # noqa: RUF012
+    variable = "_mark_generation"
 
     def parse(self, parser):
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+        marked = jinja2.nodes.Name(self.variable, "load", lineno=line)
+        return jinja2.nodes.CallBlock(self.call_method("_body", [marked]), [], [], body).set_lineno(line)
 
-    def _body(self, caller):
-        return caller()
+    def _body(self, marked, caller):
+        begin, end = _MARKS if marked is True else ("", "")
+        return begin + caller() + end
 
 
 class _Refused(jinja2.TemplateError):
@@ -97,6 +119,14 @@ def _raise(message):
 
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def has_template(folder: Path | str) -> bool:
+    """Whether `load` finds a template there. Raises HubError for a damaged tokenizer_config.json."""
+    path = Path(folder) / CONFIG
+    if (Path(folder) / TEMPLATE).is_file():
+        return True
+    return path.is_file() and read_json(str(path), path.read_bytes()).get("chat_template") is not None
 
 
 def _find(folder: Path) -> tuple[str, str]:
@@ -140,7 +170,7 @@ def _checked(messages) -> list[dict[str, Any]]:
         # DeepSeek's templates ask whether it is none.
         message = {name: _plain(value) for name, value in message.items() if value is not None}
         message.setdefault("content", None)
-        reasoning = next((message[name] for name in _REASONING if name in message), None)
+        reasoning = next((message[name] for name in REASONING if name in message), None)
         if reasoning is not None:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
         checked.append(message)

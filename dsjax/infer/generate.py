@@ -43,11 +43,20 @@ def generate_tokens(
 
 
 def continue_text(
-    model: DeepSeek, router_bias: RouterBias, tokenizer: Tokenizer, config: Config, prompt: str, **request
+    model: DeepSeek,
+    router_bias: RouterBias,
+    tokenizer: Tokenizer,
+    config: Config,
+    prompt: str | list[int],
+    **request,
 ) -> Iterator[str]:
-    """The continuation of a prompt as text, piece by piece, up to the end of the document. Call it under a mesh."""
+    """The continuation of a prompt as text, piece by piece, up to the end of the document. Call it under a mesh.
+
+    prompt: a text, or tokens, to which nothing is added.
+    """
     loaded = Loaded(model, router_bias, jax.sharding.get_mesh(), config, Path())
-    return _continue(loaded, tokenizer, [tokenizer.bos_id, *tokenizer.encode(prompt)], **request)
+    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+    return _continue(loaded, tokenizer, tokens, **request)
 
 
 def stream(

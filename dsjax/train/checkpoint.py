@@ -257,8 +257,14 @@ class Checkpoints:
 
 def has_checkpoint(run_folder: Path) -> bool:
     """Whether the folder holds a complete checkpoint. Their folders are named by step; unfinished ones otherwise."""
+    return newest_step(run_folder) is not None
+
+
+def newest_step(run_folder: Path) -> int | None:
+    """The step of the newest complete checkpoint, for one process alone: Checkpoints are opened by all together."""
     folder = _folder(run_folder)
-    return folder.is_dir() and any(path.name.isdigit() for path in folder.iterdir())
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return max(steps, default=None)
 
 
 def imported(run_folder: Path) -> bool:

@@ -42,7 +42,8 @@ def charts(digest: Digest, config: Config | None) -> list[dict[str, Any]]:
             chart["log"] = _spread(chart) > LOG_FROM
             if config is not None:
                 chart["lines"] = [{"name": "clipped at", "color": "orange", "value": config.optimizer.clip_norm}]
-    return [_loss(digest), _bits(digest), *kept]
+    in_bits = not digest.held or any("heldout_bpb" in row for row in digest.held)  # conversations are not
+    return [_loss(digest), *([_bits(digest)] if in_bits else []), *kept]
 
 
 def _loss(digest: Digest) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,20 @@ class Heldout:
 
     def __init__(self, corpus: Corpus, config: Config, mesh):
         self.compute, self.facts, self.mesh = config.compute, corpus.facts, mesh
-        self.n_bytes = corpus.facts["heldout"]["bytes"]
+        self.n_bytes = corpus.facts["heldout"].get("bytes")  # of conversations, a part of the tokens counts: no bytes
         rows = heldout_rows(corpus, config.seq_len)
         self.size = config.batch_size // config.accumulate
         pad = -len(rows["tokens"]) % self.size
         self.rows = {name: np.pad(a, ((0, pad), (0, 0))) for name, a in rows.items()}
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
-        """Nats a token and bits a byte, those of the averaged weights too if the run keeps them."""
+        """Nats a token and bits a byte, of conversations nats a learned token; those of the averaged weights too if the
+        run keeps them."""
         result = self._measure(state.model, state.router_bias)
         if state.ema is not None:
             averaged = self._measure(state.ema, state.router_bias)
             result |= {f"ema_{name}": value for name, value in averaged.items()}
-        return result | {name: self.facts[name] for name in ("gzip_bpb", "xz_bpb")}
+        return result | {name: self.facts[name] for name in ("gzip_bpb", "xz_bpb") if name in self.facts}
 
     def _measure(self, model, router_bias) -> dict[str, float]:
         sums = np.zeros(3)
@@ -71,7 +73,8 @@ class Heldout:
                 self.compute = more_room(self.compute)
             sums += result
         nats, tokens, _ = sums.tolist()
-        return {"heldout_nats": nats / tokens, "heldout_bpb": nats / math.log(2) / self.n_bytes}
+        bits = {} if self.n_bytes is None else {"heldout_bpb": nats / math.log(2) / self.n_bytes}
+        return {"heldout_nats": nats / tokens, **bits}
 
 
 @functools.cache
@@ -81,9 +84,14 @@ def _nats(compute: ComputeConfig):
 
 
 def evaluate(
-    run_folder: Path | str, changes: dict[str, Any] | None = None, *, step: int | None = None
+    run_folder: Path | str,
+    changes: dict[str, Any] | None = None,
+    *,
+    step: int | None = None,
+    whole: Callable[[Config, Path], Corpus] | None = None,
 ) -> dict[str, Any]:
-    """Numbers of a run's checkpoint, the newest by default, on its held-out text, or on all text of other data.sources.
+    """Numbers of a run's checkpoint, the newest by default, on its held-out text, or on all text of other data.sources,
+    which `whole` reads; by default as documents.
 
     Raises ConfigError for a change of what the run is.
     """
@@ -101,6 +109,8 @@ def evaluate(
 
     def read(make: bool) -> Corpus:
         if configuration.replace(config.data, cache=saved.data.cache, cache_gib=saved.data.cache_gib) != saved.data:
+            if whole is not None:
+                return whole(config, run_folder)
             data = configuration.replace(config.data, tokenizer="run")  # other shards must be of the run's tokenizer
             return load_stored(data, None, run_folder) or whole_text(data, run_tokenizer(run_folder))
         size = config.model.vocab_size
@@ -116,7 +126,7 @@ def evaluate(
             state = checkpoints.restore_model(step, abstract_state(config, mesh))
             measured = Heldout(corpus, config, mesh)(state)
     part = corpus.facts["heldout"]
-    return {"step": step, **measured, **{f"heldout_{name}": part[name] for name in ("documents", "bytes", "tokens")}}
+    return {"step": step, **measured, **{f"heldout_{name}": n for name, n in part.items()}}
 
 
 def whole_text(data: DataConfig, tokenizer: Tokenizer) -> Corpus:

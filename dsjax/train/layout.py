@@ -126,7 +126,7 @@ def on_mesh(arrays: dict[str, np.ndarray], mesh, share: Share | None = None) -> 
     def place(a: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback((*whole, share.total, length), sharding, functools.partial(share.part, a))
 
-    return Batch(*(place(arrays[name]) for name in ("tokens", "segment_ids", "positions")))
+    return Batch(**{name: place(a) for name, a in arrays.items()})
 
 
 def one_document(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -42,6 +42,7 @@ __all__ = ["evaluate", "train"]
 
 # (model, router_bias, tokenizer, config, prompt, **options) -> pieces of text
 Sampler = Callable[..., Iterator[str]]
+Ready = Callable[[Config, bool], Config]
 PROMPT_TOKENS, SAMPLE_TOKENS = 24, 48
 
 
@@ -55,13 +56,17 @@ def train(
     sampler: Sampler | None = None,
     profile: tuple[int, int] | None = None,
     began: float | None = None,
+    weights_alone: bool = False,
+    ready: Ready | None = None,
 ) -> dict[str, Any]:
     """Trains, or resumes the run that the folder holds; returns the last held-out numbers.
 
     A run that exists keeps its own configuration, changed by `explicit` (dotted name -> value). SIGTERM and Ctrl-C end
     it after the step, with a checkpoint. `sampler` writes a sample continuation at every evaluation. `source` is a run
-    whose newest checkpoint a new run begins with (dsjax.train.phase). `profile` is the first and the last step of a
-    trace for XProf; `began` when this program did, in seconds, for the ledger of time.
+    whose newest checkpoint a new run begins with (dsjax.train.phase), or, if `weights_alone`, with its weights.
+    `profile` is the first and the last step of a trace for XProf; `began` when this program did, in seconds, for the
+    ledger of time. `ready(config, make)` puts what the run reads into its folder, if `make`, and returns the
+    configuration complete.
 
     Raises ConfigError for what the user can mend: settings, data, a mesh that the devices do not make, a run folder of
     another run or in use, a checkpoint that cannot be read or written, or max_skipped_steps steps with NaN or Inf in a
@@ -74,7 +79,8 @@ def train(
     signals = Signals()
 
     def prepare(make: bool) -> tuple[Config, Any, Corpus]:
-        begun = phase.begin(config, run_folder, source and Path(source), explicit or {})
+        begun = phase.begin(config, run_folder, source and Path(source), explicit or {}, weights_alone)
+        begun = begun if ready is None else ready(begun, make)
         adopted = adopt(begun, run_folder, explicit or {}, report.say)
         mesh, text, progress = device_mesh(adopted), adopted.data, make and not report.quiet
         return (
@@ -159,7 +165,8 @@ class Run:
                     f"{first} of {config.steps} steps are done; --steps=N gives it more, --run=PATH a fresh start"
                 )
             self.journal.goodput.start(first, time.time() - began)
-            if first and self._due(first, config.eval_every) and not self._evaluated(first):
+            due = self._due(first, config.eval_every) if first else config.data.learn != "text"
+            if due and not self._evaluated(first):
                 self._evaluate(first, self.average.join(state))
             with Profile(profile, self.folder / "tensorboard") as self.profile:
                 done = self._steps(first, state)
@@ -518,10 +525,17 @@ class Run:
             self.recorder.draw()
 
     def _sample(self, step: int, state: TrainState) -> None:
-        """A continuation of the first held-out document, if the model's context has room for one."""
-        tokenizer = self.corpus.tokenizer
-        prompt = tokenizer.decode(self.corpus.heldout[0][:PROMPT_TOKENS]).rstrip("\ufffd")
-        room = self.config.model.max_position_embeddings - 1 - len(tokenizer.encode(prompt))
+        """A continuation of the first held-out document, or the first answer of a conversation, if the model's context
+        has room for one."""
+        tokenizer, documents = self.corpus.tokenizer, self.corpus.heldout
+        if documents.learned is None:
+            prompt = shown = tokenizer.decode(documents[0][:PROMPT_TOKENS]).rstrip("\ufffd")
+            length = 1 + len(tokenizer.encode(prompt))
+        else:
+            length = int(documents.learned_of(0)[1:].argmax()) + 1
+            prompt = documents[0][:length].tolist()
+            shown = tokenizer.decode(prompt)
+        room = self.config.model.max_position_embeddings - length
         if room < 1:
             return
         pieces = self.sampler(
@@ -535,7 +549,7 @@ class Run:
             top_p=0.95,
             seed=self.config.seed,
         )
-        self.report.sample(step, prompt, "".join(pieces))
+        self.report.sample(step, shown, "".join(pieces))
 
 
 def machine() -> dict[str, Any]:

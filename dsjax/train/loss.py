@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsjax.config import Config
-from dsjax.model.mtp import look_ahead
+from dsjax.model.mtp import look_ahead, shift_left
 from dsjax.model.transformer import DeepSeek
 from dsjax.state import Batch, RouterBias
 from sharding.rules import RULES, TOKEN_AXES, constrain, spec, whole
@@ -38,7 +38,7 @@ def count(batch: Batch, depth: int) -> Counts:
     """Counts of all micro-batches [A, B, T] together."""
 
     def one(batch: Batch) -> Counts:
-        targets = [jnp.sum(look_ahead(batch, k + 1)[1] > 0, dtype=jnp.float32) for k in range(1 + depth)]
+        targets = [jnp.sum(next_targets(batch, k + 1)[1], dtype=jnp.float32) for k in range(1 + depth)]
         return Counts(jnp.sum(jnp.any(batch.segment_ids > 0, axis=1), dtype=jnp.float32), jnp.stack(targets))
 
     return jax.tree.map(lambda a: jnp.maximum(jnp.sum(a, axis=0), 1), jax.vmap(one)(batch))
@@ -60,8 +60,12 @@ def total_loss(
 
 
 def next_targets(batch: Batch, n: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """The tokens n places on, and which of them count: those of the same document that are to be learned."""
     tokens, segment_ids = look_ahead(batch, n)
-    return tokens, segment_ids > 0
+    valid = segment_ids > 0
+    if batch.learned is not None:
+        valid &= shift_left(batch.learned.astype(jnp.int32), n) > 0
+    return tokens, valid
 
 
 def cross_entropy(

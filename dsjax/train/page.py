@@ -85,7 +85,8 @@ def page(run_folder: Path, preset: Config | None = None, version: str = "") -> s
         rows=len(digest.train),
         held=digest.held[-EVALUATIONS:][::-1],
         held_rows=len(digest.held),
-        averaged=any("ema_heldout_bpb" in row for row in digest.held),
+        averaged=any("ema_heldout_nats" in row for row in digest.held),
+        in_bits=any("heldout_bpb" in row for row in digest.held),
         experts=digest.loads.shape,
         seconds=[(name, MEANING.get(name, ""), value) for name, value in seconds.items() if value >= 0.05],
         total=sum(seconds.values()),
@@ -165,7 +166,10 @@ def _tiles(digest: Digest, config: Config | None, seconds: dict[str, float], inc
         tiles.append(("training loss", fixed(train.get("loss")), "nats a token, last row"))
     if held:
         rivals = [f"{name} {held[f'{name}_bpb']:.3f}" for name in ("gzip", "xz") if number(held.get(f"{name}_bpb"))]
-        tiles.append(("held out", fixed(held.get("heldout_bpb"), 3), f"bits a byte; {', '.join(rivals)}"))
+        if "heldout_bpb" in held:
+            tiles.append(("held out", fixed(held["heldout_bpb"], 3), f"bits a byte; {', '.join(rivals)}"))
+        else:
+            tiles.append(("held out", fixed(held.get("heldout_nats")), "nats a learned token"))
     if speeds := sorted(v for row in digest.train[-SPEEDS:] if (v := number(row.get("tokens_per_s"))) is not None):
         tiles.append(
             (

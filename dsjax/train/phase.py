@@ -1,8 +1,8 @@
 """A run that goes on from another one: the same network with longer rows, a new schedule, other text.
 
 What it begins with is the newest checkpoint of that run, whole: weights, their average, router bias and the optimizer's
-moments. `from.json` in the run folder says which. The first thing written is a checkpoint of step 0, and from then on
-it is a run like any other.
+moments; or, where it is to learn something else (`dsjax sft`), weights and router bias alone. `from.json` in the run
+folder says which. The first thing written is a checkpoint of step 0, and from then on it is a run like any other.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from dsjax.config import Config, ConfigError, replace, show
 from dsjax.data.tokenizer import TOKENIZER_FILES
 from dsjax.files import write_json
 from dsjax.state import TrainState
-from dsjax.train.checkpoint import Checkpoints, abstract_state, has_checkpoint
+from dsjax.train.checkpoint import Checkpoints, abstract_state, has_checkpoint, newest_step
 from dsjax.train.folder import differences, take_lock
 from dsjax.train.spikes import new_history
 from dsjax.train.step import start_state
@@ -38,6 +38,7 @@ class Origin:
 
     run: str  # its folder, absolute
     step: int
+    weights_alone: bool = False  # of it weights and router bias, and moments of zero; else all
 
 
 def origin(run_folder: Path) -> Origin | None:
@@ -46,7 +47,9 @@ def origin(run_folder: Path) -> Origin | None:
     return Origin(**json.loads(path.read_text())) if path.exists() else None
 
 
-def begin(config: Config, run_folder: Path, source: Path | None, explicit: dict[str, Any]) -> Config:
+def begin(
+    config: Config, run_folder: Path, source: Path | None, explicit: dict[str, Any], weights_alone: bool = False
+) -> Config:
     """The configuration of a run that begins with the newest checkpoint of `source`, whose tokenizer is put in place.
 
     A folder that holds a checkpoint needs nothing of its source any more; one that was to begin with another run and
@@ -77,16 +80,15 @@ def begin(config: Config, run_folder: Path, source: Path | None, explicit: dict[
             f"data.tokenizer={show(explicit['data.tokenizer'])}: expected run, the tokenizer is that of {source}"
         )
     if jax.process_index() == 0:
-        _take_over(source, run_folder)
+        _take_over(source, run_folder, weights_alone or (known is not None and known.weights_alone))
     return replace(config, data=replace(config.data, tokenizer="run"))
 
 
-def _take_over(source: Path, run_folder: Path) -> None:
+def _take_over(source: Path, run_folder: Path, weights_alone: bool) -> None:
     if not (source / "tokenizer.json").is_file():
         raise ConfigError(f"--from={source}: tokenizer.json is missing; `dsjax train {source}` makes it again")
     with _not_in_training(source):
-        with Checkpoints(source, read_only=True) as checkpoints:
-            found = Origin(str(source.absolute()), checkpoints.find(None))
+        found = Origin(str(source.absolute()), newest_step(source), weights_alone)
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, run_folder / name)
@@ -94,7 +96,8 @@ def _take_over(source: Path, run_folder: Path) -> None:
 
 
 def first_state(came: Origin, config: Config, mesh, say: Callable[[str], None]) -> TrainState:
-    """The state before step 0 from the checkpoint it came from, on `mesh`. Imported weights get moments of zero.
+    """The state before step 0 from the checkpoint it came from, on `mesh`. Weights alone get moments of zero, and so
+    do imported ones.
 
     Where the configuration keeps averaged weights and the checkpoint has none, they begin as its weights.
     """
@@ -105,8 +108,10 @@ def first_state(came: Origin, config: Config, mesh, say: Callable[[str], None]) 
     kept = replace(config, optimizer=optimizer, faults=old.faults)
     with _not_in_training(source), Checkpoints(source, read_only=True) as checkpoints:
         checkpoints.find(came.step)
-        if checkpoints.weights_alone(came.step):
-            given = checkpoints.restore_model(came.step, abstract_state(config, mesh).replace(ema=None))
+        imported = checkpoints.weights_alone(came.step)
+        if imported or came.weights_alone:
+            like = abstract_state(kept, mesh)
+            given = checkpoints.restore_model(came.step, like.replace(ema=None) if imported else like)
             start = jax.jit(functools.partial(start_state, config=config), donate_argnums=(0, 1))
             return start(given.model, given.router_bias)
         state, _ = checkpoints.restore(came.step, abstract_state(kept, mesh))

@@ -61,6 +61,8 @@ def _bits(panel, held) -> None:
     panel.set(title="Held-out text", xlabel="step", ylabel="bits a byte")
     if not held:
         return _nothing(panel, "no evaluation yet")
+    if "heldout_bpb" not in held[-1]:
+        return _perplexity(panel, held)
     _heldout_line(panel, held, "heldout_bpb", "ema_heldout_bpb")
     for name, colour, below in (("gzip_bpb", ORANGE, False), ("xz_bpb", GREEN, True)):
         value = held[-1][name]
@@ -89,6 +91,15 @@ def _bits(panel, held) -> None:
     panel.set_ylim(0, 1.15 * highest)
     panel.legend(loc="lower left")
     _from_zero(panel, [row["step"] for row in held])
+
+
+def _perplexity(panel, held) -> None:
+    """What is measured of conversations, of which a part of the tokens counts."""
+    panel.set(title="Held-out conversations", ylabel="perplexity of a learned token")
+    steps, values = [row["step"] for row in held], np.exp(_numbers([row["heldout_nats"] for row in held]))
+    panel.plot(steps, values, "o-", color=INK, ms=5, lw=1.4, label="held out")
+    panel.legend()
+    _from_zero(panel, steps)
 
 
 def _violation(panel, train, run) -> None:
@@ -152,7 +163,7 @@ def _mark(steps: list[int]) -> str:
 
 
 def _from_zero(panel, steps: list[int]) -> None:
-    panel.set_xlim(0, 1.04 * max(steps))
+    panel.set_xlim(0, 1.04 * max(1, *steps))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -80,6 +80,10 @@ class Report:
             )
 
     def evaluation(self, row: dict[str, Any]) -> None:
+        if "heldout_bpb" not in row:
+            averaged = f", averaged weights {_number(row['ema_heldout_nats'], 4)}" if "ema_heldout_nats" in row else ""
+            text = f"held-out loss {_number(row['heldout_nats'], 4)} nats a learned token{averaged}"
+            return self.table([(f"step {row['step']}", text)])
         ema = ""
         if "ema_heldout_bpb" in row:
             ema = f", averaged weights {_number(row['ema_heldout_bpb'], 3)}"
@@ -107,11 +111,22 @@ class Report:
 
 def corpus_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """What the run reads."""
+    skipped = [("skipped", ", ".join(f"{n:,} {reason}" for reason, n in facts["skipped"].items()))]
+    skipped = skipped if facts["skipped"] else []
+    if "learned" in facts["train"]:
+        train, held = (
+            f"{_n(facts[part]['documents'], 'conversation')}, {facts[part]['tokens']:,} tokens, "
+            f"{facts[part]['learned']:,} of them to learn"
+            for part in ("train", "heldout")
+        )
+        tokenizer = f"{facts['tokenizer']}, {facts['vocab_size']:,} tokens"
+        names = ", ".join(facts["sources"])
+        return [("chats", names), ("training", train), ("held out", held), ("tokenizer", tokenizer), *skipped]
     train, held = (
         f"{_n(facts[part]['documents'], 'document')}, {facts[part]['bytes']:,} bytes, {facts[part]['tokens']:,} tokens"
         for part in ("train", "heldout")
     )
-    rows = [
+    return [
         ("corpus", f"{', '.join(facts['sources'])} (Python {facts['python']})"),
         ("sha256", facts["sha256"]),
         ("training", train),
@@ -121,10 +136,8 @@ def corpus_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             "tokenizer",
             f"{facts['tokenizer']}, {facts['vocab_size']:,} tokens, {facts['bytes_per_token']:.2f} bytes a token",
         ),
+        *skipped,
     ]
-    if facts["skipped"]:
-        rows.append(("skipped", ", ".join(f"{n:,} {reason}" for reason, n in facts["skipped"].items())))
-    return rows
 
 
 def plan_rows(config: Config, mesh, facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -152,10 +165,11 @@ def farewell_rows(config: Config, run_folder: Path, step: int | None) -> list[tu
         return []
     room = max(1, config.model.max_position_embeddings - 16)  # after a short prompt
     limit = f" --max-tokens {room}" if room < 200 else ""
+    asked = '--prompt "def "' if config.data.learn == "text" else '--chat --prompt "Hello"'
     return [
         ("checkpoint", f"{run_folder / 'checkpoints' / str(step)}"),
         ("pictures", f"{run_folder / 'loss.png'}, or tensorboard --logdir {folder}/tensorboard"),
-        ("generate", f'dsjax generate {folder} --prompt "def "{limit}'),
+        ("generate", f"dsjax generate {folder} {asked}{limit}"),
     ]
 
 

@@ -13,7 +13,7 @@ import runs
 from dsjax.config import ConfigError, RopeScaling, load, replace, save
 from dsjax.data.tokenizer import bytes_tokenizer
 from dsjax.state import TrainState
-from dsjax.train import layout, loop
+from dsjax.train import layout, loop, phase
 from dsjax.train.checkpoint import Checkpoints, abstract_state
 from dsjax.train.phase import Origin, begin, first_state, origin
 from sharding.mesh import make_mesh
@@ -73,6 +73,24 @@ def test_it_begins_with_every_array_of_the_newest_checkpoint_at_step_0(source, t
         zero = name in ("step", "skipped", "skipped_in_a_row")
         np.testing.assert_array_equal(value, np.zeros_like(value) if zero else expected[name], err_msg=name)
     assert any("mu" in name for name in first)  # Adam's moments are among them
+
+
+def test_it_may_begin_with_weights_alone(source, tmp_path, monkeypatch):
+    folder, config, state = source
+    with monkeypatch.context() as patch:
+        patch.setattr(phase, "Checkpoints", None)  # `begin` is of one process of several, and these are opened by all
+        begun = begin(longer(config), tmp_path, folder, {}, weights_alone=True)
+    assert origin(tmp_path) == Origin(str(folder), 5, weights_alone=True)
+    assert begin(longer(config), tmp_path, None, {}) == begun  # a kill before the first checkpoint
+    assert origin(tmp_path) == Origin(str(folder), 5, weights_alone=True)
+    with jax.set_mesh(ONE):
+        first = models.named_leaves(first_state(origin(tmp_path), begun, ONE, lambda _: None))
+    came = models.named_leaves(state)
+    for name, value in first.items():
+        kept = name.startswith(("model", "router_bias", "ema"))
+        expected = came[name.replace("ema", "model")] if kept else np.zeros_like(value)
+        if name != "history":
+            np.testing.assert_array_equal(value, expected, err_msg=name)
 
 
 def test_averages_begin_as_the_weights_where_there_were_none(source, tmp_path):
@@ -141,8 +159,8 @@ def test_a_phase_has_the_same_losses_on_two_devices_of_context(tmp_path, monkeyp
     losses = {}
     for n in (1, 2):
         monkeypatch.setattr(layout, "devices", lambda n=n: jax.devices()[:n])
-        phase = longer(config, batch_size=4, log_every=1, mesh=replace(config.mesh, fsdp=1, context=n))
-        loop.train(replace(phase, seq_len=256), tmp_path / str(n), quiet=True, source=came)
+        later = longer(config, batch_size=4, log_every=1, mesh=replace(config.mesh, fsdp=1, context=n))
+        loop.train(replace(later, seq_len=256), tmp_path / str(n), quiet=True, source=came)
         losses[n] = [row["loss"] for row in runs.rows(tmp_path / str(n)) if row["kind"] == "train"]
     assert len(losses[1]) == 3
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
