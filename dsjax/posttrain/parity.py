@@ -10,9 +10,7 @@ import hashlib
 import random
 
 LETTERS = {("0", 0): "a", ("0", 1): "b", ("1", 0): "A", ("1", 1): "B"}  # bit, parity of the bits up to it
-
-
-ANSWERS = "eo"  # no digits: after a digit comes a digit nobody can know, which would be learned against
+ANSWERS = "eo"  # and not the prompts' 0 and 1, which nobody can foresee: that noise keeps answers from being sure
 
 
 def parity(bits: str) -> str:
