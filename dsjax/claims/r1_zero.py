@@ -21,7 +21,7 @@ from dsjax.config import (
 from dsjax.files import write_text
 from dsjax.hub.load import Loaded
 from dsjax.infer.generate import generate_tokens
-from dsjax.posttrain.parity import draw_bits, parity, parity_answer, parity_chain, parity_prompt, parity_short
+from dsjax.posttrain.parity import LETTERS, draw_bits, parity, parity_answer, parity_chain, parity_prompt, parity_short
 
 N_BITS = 24
 CHAIN_SHARE = 0.1  # of the documents
@@ -105,7 +105,7 @@ def held_out_accuracy(
     )
     texts = [tokenizer.decode(tokens) for tokens in said]
     right = [parity_answer(text) == parity(bits) for bits, text in zip(rows, texts)]
-    chain = [len(text) > 1 for text in texts]
+    chain = [text[:1] in tuple(LETTERS.values()) for text in texts]
     return {
         "accuracy": sum(right) / n,
         "chain_share": sum(chain) / n,
