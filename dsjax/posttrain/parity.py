@@ -1,36 +1,63 @@
-"""A task that is easy with steps written out and hard without: is the number of ones among d bits odd?
+"""The parity of a row of bits, answered at once or after a chain of thought (after arXiv:2510.11495).
 
-open_task("parity:24"): the prompt is "0110...=", the answer the one bit behind the last "#" of the text.
+open_task("parity:24") is this task with 24 bits. A prompt is `1011=`. The short form of its answer is the parity alone: `o`, odd, or `e`, even. The long form says each
+bit and the parity so far before that, as one letter: a capital where the bit is 1, B or b where the parity so far is
+odd. `BbABo`: the bit 1 and odd, 0 and odd, 1 and even, 1 and odd; and so the answer is odd. To say it at once, all bits
+have to be brought together in one place; to go on with a chain takes the next bit and the letter before.
 """
 
 import hashlib
 import random
 from collections.abc import Sequence
-from itertools import accumulate
-from operator import xor
 
 from dsjax.config import ConfigError, show
 from dsjax.posttrain.problem import Problem
 
-_HELDOUT = 8  # of 256 strings of bits
 _N_HELDOUT = 256  # problems to measure with
 _ALL = 16  # bits up to which all strings are looked at for held-out ones
+LETTERS = {("0", 0): "a", ("0", 1): "b", ("1", 0): "A", ("1", 1): "B"}  # bit, parity of the bits up to it
+ANSWERS = "eo"  # and not the prompts' 0 and 1, which nobody can foresee: that noise keeps answers from being sure
 
 
-def parity_chain(bits: str) -> str:
-    """The solution with its steps: the parity of the first bit, of the first two, ... of all, "#", and it again."""
-    steps = "".join(str(p) for p in accumulate(map(int, bits), xor))
-    return f"{steps}#{steps[-1]}"
+def parity(bits: str) -> str:
+    """e or o: the number of ones is even or odd."""
+    return ANSWERS[bits.count("1") % 2]
+
+
+def parity_prompt(bits: str) -> str:
+    return f"{bits}="
 
 
 def parity_short(bits: str) -> str:
-    """The solution without steps."""
-    return f"#{bits.count('1') % 2}"
+    """The answer alone."""
+    return parity(bits)
+
+
+def parity_chain(bits: str) -> str:
+    """The chain of thought, and the answer."""
+    odd, letters = 0, []
+    for bit in bits:
+        odd ^= int(bit)
+        letters.append(LETTERS[bit, odd])
+    return "".join(letters) + parity(bits)
+
+
+def parity_answer(text: str) -> str | None:
+    """The answer that ends what was said, if there is none before; else None."""
+    return text[-1] if text[-1:] and text[-1] in ANSWERS and not set(text[:-1]) & set(ANSWERS) else None
 
 
 def is_heldout(bits: str) -> bool:
-    """Whether these bits are for measuring, whatever the seed."""
-    return hashlib.sha256(bits.encode()).digest()[0] < _HELDOUT
+    """Whether bits are kept from all training: one row of 32 is."""
+    return hashlib.sha256(bits.encode()).digest()[0] < 8
+
+
+def draw_bits(draw: random.Random, n_bits: int, heldout: bool = False) -> str:
+    """Random bits of those to learn from, or of those held out."""
+    while True:
+        bits = format(draw.getrandbits(n_bits), f"0{n_bits}b")
+        if is_heldout(bits) == heldout:
+            return bits
 
 
 class Parity:
@@ -52,10 +79,7 @@ class Parity:
         """It holds nothing."""
 
     def problem(self, index: int) -> Problem:
-        draw = random.Random(f"parity {self.n_bits} {self.seed} {index}")
-        while is_heldout(bits := _bits(draw, self.n_bits)):
-            pass
-        return _problem(bits)
+        return _problem(draw_bits(random.Random(f"parity {self.n_bits} {self.seed} {index}"), self.n_bits))
 
     def heldout(self) -> list[Problem]:
         draw = random.Random(f"parity {self.n_bits} held out")
@@ -65,17 +89,15 @@ class Parity:
             return [_problem(bits) for bits in found[:_N_HELDOUT]]
         held: dict[str, None] = {}  # in the order they came
         while len(held) < _N_HELDOUT:
-            if is_heldout(bits := _bits(draw, self.n_bits)):
-                held[bits] = None
+            held[draw_bits(draw, self.n_bits, heldout=True)] = None
         return [_problem(bits) for bits in held]
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[dict[str, float]]:
         return [{"accuracy": self.accuracy(problem, text)} for problem, text in zip(problems, texts, strict=True)]
 
     def answer(self, text: str) -> str | None:
-        """What stands behind the last "#"; None without one."""
-        _, mark, answer = text.rpartition("#")
-        return answer.strip() if mark else None
+        """As `parity_answer` finds it."""
+        return parity_answer(text)
 
     def accuracy(self, problem: Problem, text: str) -> float:
         """1 if the text's answer is the parity, else 0."""
@@ -89,9 +111,5 @@ def open_parity(rest: str, seed: int) -> Parity:
     return Parity(int(rest), seed)
 
 
-def _bits(draw: random.Random, n: int) -> str:
-    return f"{draw.getrandbits(n):0{n}b}"
-
-
 def _problem(bits: str) -> Problem:
-    return Problem(f"{bits}=", parity_short(bits)[1:])
+    return Problem(parity_prompt(bits), parity(bits))
