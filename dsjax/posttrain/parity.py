@@ -1,9 +1,10 @@
 """The parity of a row of bits, answered at once or after a chain of thought (after arXiv:2510.11495).
 
-open_task("parity:24") is this task with 24 bits. A prompt is `1011=`. The short form of its answer is the parity alone: `o`, odd, or `e`, even. The long form says each
-bit and the parity so far before that, as one letter: a capital where the bit is 1, B or b where the parity so far is
-odd. `BbABo`: the bit 1 and odd, 0 and odd, 1 and even, 1 and odd; and so the answer is odd. To say it at once, all bits
-have to be brought together in one place; to go on with a chain takes the next bit and the letter before.
+open_task("parity:24") is this task with 24 bits. A prompt is `1011=`. The short form of its answer is the parity alone:
+`o`, odd, or `e`, even. The long form first says each bit with the parity of the bits up to it, as one letter: a capital
+where the bit is 1, B or b where the parity is odd. `BbABo`: 1 and odd, 0 and odd, 1 and even, 1 and odd; so the answer
+is odd. To say it at once, all bits have to be brought together in one place; a chain goes on from the letter before and
+the next bit.
 """
 
 import hashlib

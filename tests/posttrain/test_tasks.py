@@ -200,15 +200,16 @@ def test_parity():
         assert other.heldout() == held and not any(is_heldout(p.prompt[:-1]) for p in problems)
         for problem in (*problems, *held):
             bits = problem.prompt.removesuffix("=")
-            assert len(bits) == 24 and problem.answer == str(bits.count("1") % 2)
+            assert len(bits) == 24 and problem.answer == "eo"[bits.count("1") % 2]
             chain, short = parity_chain(bits), parity_short(bits)
-            assert chain[:24] == "".join(str(bits[: i + 1].count("1") % 2) for i in range(24))
-            assert chain[24:] == short == f"#{problem.answer}"
-        assert parity_chain("0110") == "0100#0"
-        right, wrong = problem.answer, str(1 - int(problem.answer))
-        texts = [f"#{right}", f"{right}", f"#{wrong}#{right}", f"#{right}#{wrong}", f"#{right}{right}", "#", ""]
+            assert "".join("10"[letter in "ab"] for letter in chain[:24]) == bits
+            assert [letter in "bB" for letter in chain[:24]] == [bits[: i + 1].count("1") % 2 == 1 for i in range(24)]
+            assert chain[24:] == short == problem.answer
+        assert parity_chain("0110") == "aBAae"
+        right, wrong = problem.answer, "eo".replace(problem.answer, "")
+        texts = [right, f"abB{right}", wrong, f"{wrong}{right}", f"{right}{right}", f"{right}\n", "a", ""]
         judged = task.judge([problem] * len(texts), texts)
-        assert [total(parts, task.weights) for parts in judged] == [1, 0, 1, 0, 0, 0, 0]
+        assert [total(parts, task.weights) for parts in judged] == [1, 1, 0, 0, 0, 0, 0, 0]
     short = open_task("parity:8")
     held = {p.prompt for p in short.heldout()}
     assert held and not held & set(asked(short, range(2000)))
