@@ -190,8 +190,8 @@ def test(config: Config, n_seeds: int, rl_steps: int, folder: Path, say: Callabl
 
 
 def compare(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Whether greedy accuracy on held-out bits goes from chance to SOLVED in two thirds of the seeds, with longer answers
-    as it rises, while the controls stay at chance."""
+    """Whether greedy accuracy on held-out bits goes from chance to SOLVED in two thirds of the seeds, with longer
+    answers as it rises, while the controls stay at chance."""
     seeds = {}
     for seed, of in found.items():
         curves = of["curves"]
@@ -210,7 +210,7 @@ def compare(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
     n_solved = sum(of["solved"] and of["together"] > 0.9 for of in seeds.values())
     flat = all(of["flat"] for of in seeds.values())
     return {
-        "claim": f"accuracy from chance to {SOLVED:.0%} with longer answers in two thirds of the seeds, controls at chance",
+        "claim": f"accuracy from chance to {SOLVED:.0%} with longer answers in two of three seeds, controls at chance",
         "holds": bool(3 * n_solved >= 2 * len(seeds) and flat),
         "seeds": seeds,
     }
