@@ -112,8 +112,8 @@ def write_texts(
 
 
 def rl_model(base: Config, steps: int) -> Config:
-    """GRPO from the outcome alone, with DeepSeekMath's weight of the distance to the base (arXiv:2402.03300): without it,
-    rewards that mean nothing lead the model astray in time."""
+    """GRPO from the outcome alone, with DeepSeekMath's weight of the distance to the base (arXiv:2402.03300): without
+    it, rewards that mean nothing lead the model astray in time."""
     return replace(
         base,
         batch_size=ANSWERS,

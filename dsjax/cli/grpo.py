@@ -41,8 +41,8 @@ def grpo(
 ):
     """Train MODEL to give answers that earn rewards, sampled from itself in groups (DeepSeek-R1's GRPO).
 
-    MODEL is a run folder, that of a GRPO run to go on with, or a Hub folder or name. The run folder is one like any other: `dsjax generate`,
-    `serve`, `report` and `eval --task` take it.
+    MODEL is a run folder, that of a GRPO run to go on with, or a Hub folder or name. What comes is a run folder like
+    any other: `dsjax generate`, `serve`, `report` and `eval --task` take it.
     """
     changes = with_devices(changes, devices)
     for name, value in (("grpo.task", task), ("grpo.style", style)):
