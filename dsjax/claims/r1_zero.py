@@ -48,7 +48,7 @@ from dsjax.train.lines import read_lines
 N_BITS = 24
 CHAIN_SHARE = 0.1  # of the documents
 STEPS = 300
-RL_STEPS, ANSWERS, GROUP = 40, 256, 8
+ANSWERS, GROUP = 256, 8  # of a step, and to a prompt
 SOLVED, CHANCE = 0.95, 0.1  # accuracy that is a success; distance to one half that is chance
 TOGETHER = 0.8  # least correlation of accuracy and length over the evaluations
 CONTROLS = {"more": "more pre-training", "shuffled": "shuffled rewards", "no_chain": "base without chains"}

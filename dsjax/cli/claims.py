@@ -101,7 +101,7 @@ Examples:
   dsjax claims r1_zero --seed 3 --out runs/other-seeds""",
 )
 @click.option("--seeds", type=POSITIVE, default=3, show_default=True, help="Models, each with its controls.")
-@click.option("--rl-steps", type=POSITIVE, default=40, show_default=True, help="Steps of GRPO.")
+@click.option("--rl-steps", type=POSITIVE, default=60, show_default=True, help="Steps of GRPO.")
 @click.option("--out", metavar="FOLDER", help="Runs, claim.json and claim.png.  [default: runs/claims-r1_zero]")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
 def claims_r1_zero(seeds: int, rl_steps: int, out: str | None, as_json: bool, changes: dict[str, str]):
