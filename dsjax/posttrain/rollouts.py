@@ -224,7 +224,9 @@ def judged(task: Task, problems: list[Problem], texts: list[str]) -> list[dict[s
     except Exception as error:  # whatever a task that we do not know raises ends the run, in its name
         raise ConfigError(f"{task.name}: judging failed: {type(error).__name__}: {error}") from error
     if len(found) != len(texts):
-        raise ConfigError(f"{task.name}: expected {len(texts)} judgements of {len(texts)} answers, and got {len(found)}")
+        raise ConfigError(
+            f"{task.name}: expected {len(texts)} judgements of {len(texts)} answers, and got {len(found)}"
+        )
     if other := {name for parts in found for name in parts} - set(task.weights):
         raise ConfigError(
             f"{task.name}: judged by {', '.join(sorted(other))}, which has no weight; expected {', '.join(task.weights)}"

@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import models
@@ -23,7 +24,7 @@ class Low:
     """Answers of characters below @ are good: what a model without knowledge says one time in four."""
 
     name = "low"
-    weights = {"accuracy": 1.0, "short": 0.1}
+    weights = MappingProxyType({"accuracy": 1.0, "short": 0.1})
 
     def problem(self, index: int) -> Problem:
         return Problem(f"{index % 5}=", "0")
@@ -52,7 +53,7 @@ def base(folder: Path) -> Config:
 
 
 def config(source: Path, **changes) -> Config:
-    """Six steps of two groups of four; fields of GrpoConfig and of Config by their names."""
+    """Four steps of two groups of four; fields of GrpoConfig and of Config by their names."""
     of_grpo = {
         "task": "low", "style": "plain", "group_size": 4, "max_tokens": 6, "eval_prompts": 2, "eval_samples": 2,
         "max_rows": 8,
@@ -61,7 +62,7 @@ def config(source: Path, **changes) -> Config:
         if name in GrpoConfig.__dataclass_fields__:
             of_grpo[name] = changes.pop(name)
     given = {"steps": 4, "log_every": 1, "eval_every": 4, "checkpoint_every": 2, "batch_size": 8, "seq_len": 16}
-    rate = changes.pop("rate", 3e-2)
+    rate = changes.pop("rate", 6e-2)
     it = base(source)
     optimizer = replace(it.optimizer, peak_lr=rate, warmup_steps=0, schedule="constant")
     return replace(it, optimizer=optimizer, grpo=GrpoConfig(**of_grpo), **given | changes)
