@@ -1,8 +1,8 @@
 """Answers to learn from, sampled by the engine from the weights as they are, in groups of one prompt each.
 
 With grpo.max_staleness groups are begun before they are needed, and go on while the policy learns: a long answer does
-not hold up the others. It counts rounds of grpo.updates steps each. Every token keeps the step whose weights sampled it. What is in the cache is never of older
-weights: an answer that goes on under new ones is read again.
+not hold up the others. It counts rounds, of grpo.updates steps each. Every token keeps the step whose weights sampled
+it. What is in the cache is never of older weights: an answer that goes on under new ones is read again.
 """
 
 import base64
@@ -228,9 +228,8 @@ def judged(task: Task, problems: list[Problem], texts: list[str]) -> list[dict[s
             f"{task.name}: expected {len(texts)} judgements of {len(texts)} answers, and got {len(found)}"
         )
     if other := {name for parts in found for name in parts} - set(task.weights):
-        raise ConfigError(
-            f"{task.name}: judged by {', '.join(sorted(other))}, which has no weight; expected {', '.join(task.weights)}"
-        )
+        known = ", ".join(task.weights)
+        raise ConfigError(f"{task.name}: judged by {', '.join(sorted(other))}, which has no weight; expected {known}")
     return found
 
 

@@ -37,8 +37,8 @@ def plan_rows(config: Config, task: Task, objective: Objective, mesh, n_heldout:
         ("reward", ", ".join(f"{name} {weight:g}" for name, weight in task.weights.items())),
         (
             "steps",
-            f"{config.steps:,} of {config.batch_size // grpo.group_size} prompts x {grpo.group_size} answers of at most "
-            f"{grpo.max_tokens:,} tokens{updates}",
+            f"{config.steps:,} of {config.batch_size // grpo.group_size} prompts x {grpo.group_size} answers of at "
+            f"most {grpo.max_tokens:,} tokens{updates}",
         ),
         ("objective", f"{grpo.objective}: {_words(objective, grpo.reference_every)}"),
         ("sampling", _sampling(config)),
@@ -108,9 +108,9 @@ def step_line(row: dict[str, Any], steps: int, weights) -> str:
     skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
     return (
         f"step {row['step']}/{steps}: reward {_number(row['reward'])}{inner}, {row['length']:.1f} tokens{cut}, "
-        f"entropy {_number(row['entropy'])}, KL {_number(row['kl'], '.2g')}, {row['zero_spread']:.0%} of groups without "
-        f"spread, sampler and trainer {_number(row['gap'], '.1e')} apart (most {_number(row['gap_max'], '.1e')}), "
-        f"{row['sample_s']:.1f} s sampling and {row['learn_s']:.1f} s learning{skipped}"
+        f"entropy {_number(row['entropy'])}, KL {_number(row['kl'], '.2g')}, {row['zero_spread']:.0%} of groups "
+        f"without spread, sampler and trainer {_number(row['gap'], '.1e')} apart (most "
+        f"{_number(row['gap_max'], '.1e')}), {row['sample_s']:.1f} s sampling and {row['learn_s']:.1f} s learning{skipped}"
     )
 
 

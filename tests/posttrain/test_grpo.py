@@ -1,4 +1,4 @@
-"""The whole loop on a toy: it learns, goes on after any end with the same answers, and each option does what it says."""
+"""The loop on a toy: it learns, goes on after any end with the same answers, and each option does what it says."""
 
 import copy
 import os
@@ -165,7 +165,7 @@ def test_several_updates_learn_from_what_was_sampled_at_once(source, tmp_path, m
     rows = train(source, tmp_path / "run", updates=2, steps=4, reference_every=3)
     assert learned == [(0, 0, [0, 1]), (0, 1, [2, 3]), (2, 2, [4, 5]), (2, 3, [6, 7])]
     assert [row["step"] for row in rows] == [2, 4]
-    assert all(row["answer_tokens"] > 8 * 4 for row in rows)  # of both updates
+    assert all(row["answer_tokens"] > 16 * 5 for row in rows)  # of both updates
     with pytest.raises(ConfigError, match=r"^grpo.updates=3: expected a divisor of steps=4 and checkpoint_every=2$"):
         train(source, tmp_path / "other", updates=3)
 
@@ -291,6 +291,7 @@ def test_the_exact_mode_has_no_gap_and_says_what_the_engine_says(source, tmp_pat
     assert said[True] == said[False]
 
 
+@pytest.mark.slow
 def test_exact_requests_end_as_those_of_the_engine_do(source):
     config = toys.config(source)
     with jax.set_mesh(make_mesh(jax.devices()[:1])):
@@ -314,7 +315,7 @@ def test_exact_requests_end_as_those_of_the_engine_do(source):
                         logprobs=0,
                         tell=lambda new, words=words: words.extend(o.token for o in new) or None,
                         done=ends.append,
-                    )  # fmt: skip
+                    )
                 )
                 engine.submit(requests[-1])
             engine.step()

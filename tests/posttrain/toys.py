@@ -53,16 +53,16 @@ def base(folder: Path) -> Config:
 
 
 def config(source: Path, **changes) -> Config:
-    """Four steps of two groups of four; fields of GrpoConfig and of Config by their names."""
+    """Four steps of two groups of eight; fields of GrpoConfig and of Config by their names."""
     of_grpo = {
-        "task": "low", "style": "plain", "group_size": 4, "max_tokens": 6, "eval_prompts": 2, "eval_samples": 2,
-        "max_rows": 8,
+        "task": "low", "style": "plain", "group_size": 8, "max_tokens": 6, "eval_prompts": 2, "eval_samples": 2,
+        "max_rows": 16,
     }  # fmt: skip
     for name in list(changes):
         if name in GrpoConfig.__dataclass_fields__:
             of_grpo[name] = changes.pop(name)
-    given = {"steps": 4, "log_every": 1, "eval_every": 4, "checkpoint_every": 2, "batch_size": 8, "seq_len": 16}
-    rate = changes.pop("rate", 6e-2)
+    given = {"steps": 4, "log_every": 1, "eval_every": 4, "checkpoint_every": 2, "batch_size": 16, "seq_len": 16}
+    rate = changes.pop("rate", 3e-2)
     it = base(source)
     optimizer = replace(it.optimizer, peak_lr=rate, warmup_steps=0, schedule="constant")
     return replace(it, optimizer=optimizer, grpo=GrpoConfig(**of_grpo), **given | changes)
