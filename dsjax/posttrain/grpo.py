@@ -236,12 +236,15 @@ class Run:
         groups, replaced = self._groups(done, state)
         sampled = time.perf_counter()
         self.numbers = self._measure(groups) | {"resampled": replaced}
-        per_step = config.batch_size // grpo.group_size
+        per_step, apart = config.batch_size // grpo.group_size, {}
         for update in range(grpo.updates):
             mine = groups[update * per_step : (update + 1) * per_step]
             state, said = self._learn(done, done + update, mine, state)
+            apart = apart or {
+                name: said[name] for name in ("gap", "gap_max")
+            }  # later the weights are not the sampler's
         seconds = {"sample_s": sampled - began, "learn_s": time.perf_counter() - sampled}
-        return state, {**self.numbers, **said, **seconds}
+        return state, {**self.numbers, **said, **apart, **seconds}
 
     def _groups(self, done: int, state: PolicyState) -> tuple[list[Group], int]:
         """The round's groups; of those without spread, as many as may be are replaced by new ones."""
