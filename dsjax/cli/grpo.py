@@ -57,12 +57,12 @@ def grpo(
     kept = load(folder / "config.json")
     begun = run is None and kept.grpo is not None and task is None and recipe is None
     run_folder = folder if begun else Path(run or f"runs/{folder.absolute().name}-grpo")
-    resumed = (run_folder / "checkpoints").exists() and (run_folder / "config.json").exists()
     from dsjax.posttrain import grpo as loop
     from dsjax.posttrain.recipes import begin_with
+    from dsjax.train.checkpoint import has_checkpoint
     from dsjax.train.programs import keep_programs
 
-    if resumed:
+    if begun or has_checkpoint(run_folder):
         config = load(run_folder / "config.json")
         if config.grpo is None:
             raise ConfigError(f"{run_folder}: holds a run of another kind; choose another --run")
@@ -72,4 +72,5 @@ def grpo(
             raise ConfigError("--task: missing; expected a .jsonl file of problems, gym:NAME, or parity:BITS")
         config = begin_with(kept, recipe or "small", changes)
     keep_programs()
-    loop.train(config, run_folder, source=None if resumed else folder, explicit=changes, quiet=quiet)
+    itself = folder.absolute() == run_folder.absolute()
+    loop.train(config, run_folder, source=None if itself else folder, explicit=changes, quiet=quiet)

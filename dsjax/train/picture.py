@@ -81,17 +81,17 @@ def _of_policy(panels, train, held) -> None:
         panel.legend()
         _from_zero(panel, [*steps, *(row["step"] for row in held)])
         if panel in (reward, length):
-            panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
+            low, high = (f(f(line.get_ydata()) for line in panel.lines) for f in (min, max))
+            panel.set_ylim(min(0, 1.08 * low), 1.08 * high if high > 0 else 1)
 
 
 def _line(panel, rows, name: str, colour: str, label: str, mark: str | None = None, lw: float = 1.3) -> None:
-    """Where the rows have it; on an axis of powers zeros are left out."""
+    """Through the rows that have it; on an axis of powers, where it is above 0."""
     values = _numbers([row.get(name) for row in rows])
-    if panel.get_yscale() == "log":
-        values[values <= 0] = np.nan
-    if np.isfinite(values).any():
-        steps = [row["step"] for row in rows]
-        panel.plot(steps, values, mark or _mark(steps), color=colour, lw=lw, ms=4, label=label)
+    known = np.isfinite(values) & ((values > 0) | (panel.get_yscale() != "log"))
+    if known.any():
+        steps = [row["step"] for row, here in zip(rows, known) if here]
+        panel.plot(steps, values[known], mark or _mark(steps), color=colour, lw=lw, ms=4, label=label)
 
 
 def _loss(panel, train, held) -> None:
