@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from dsjax.config import BalanceConfig, ComputeConfig, Config, ModelConfig, OptimizerConfig, RopeScaling, replace
+from dsjax.model import moe as moe_module
 from dsjax.model.transformer import DeepSeek, init_router_bias
 from dsjax.precision import weight_name
 from dsjax.state import Batch, RouterBias, TrainState
@@ -123,6 +124,27 @@ def pack(rows: list[list[int]], seq_len: int = 16, seed: int = 0, vocab: int = V
             segments[b, place], positions[b, place] = number, np.arange(length)
             start += length
     return Batch(*(jax.device_put(a, spec("batch", "seq")) for a in (tokens, segments, positions)))
+
+
+def chosen_experts(model: DeepSeek, bias: RouterBias, batch: Batch, compute: ComputeConfig) -> jax.Array:
+    """[L, B, T, K] experts that the trunk's routers choose in a forward pass of whole rows."""
+    seen, right = [], moe_module.Router.__call__
+
+    def watched(self, *args, **options):
+        routing = right(self, *args, **options)
+        seen.append(routing.indices)
+        return routing
+
+    def run(model, batch):
+        seen.clear()
+        model(batch, bias, replace(compute, scan_layers=False))
+        return jnp.stack(seen[: model.cfg.num_moe_layers])
+
+    moe_module.Router.__call__ = watched
+    try:
+        return jax.jit(run)(model, batch)
+    finally:
+        moe_module.Router.__call__ = right
 
 
 def micro_batches(batch: Batch, n: int) -> Batch:

@@ -58,20 +58,21 @@ def grpo(
     name = source.partition("@")[0] if not Path(source).is_dir() else folder.absolute().name
     run_folder = folder if begun else Path(run or f"runs/{Path(name).name}-grpo")
     from dsjax.posttrain import grpo as loop
-    from dsjax.train.checkpoint import has_checkpoint
+    from dsjax.posttrain.recipes import begin_with
+    from dsjax.posttrain.sft import import_hub
+    from dsjax.train.checkpoint import has_checkpoint, imported
     from dsjax.train.programs import keep_programs
 
     keep_programs()
-    if has_checkpoint(run_folder) and load(run_folder / "config.json").grpo is not None:
-        config = override(load(run_folder / "config.json"), changes)
-        return loop.train(config, run_folder, explicit=changes, quiet=quiet)
-    if has_checkpoint(run_folder) and not hub:
+    known = load(run_folder / "config.json") if begun or has_checkpoint(run_folder) else None
+    if known is not None and known.grpo is not None:
+        fresh = hub or folder.absolute() == run_folder.absolute()
+        config, begin = override(known, changes), None if fresh else folder
+        return loop.train(config, run_folder, source=begin, explicit=changes, quiet=quiet)
+    if known is not None and not (hub and imported(run_folder)):
         raise ConfigError(f"{run_folder}: holds a run of another kind; choose another --run")
     if "grpo.task" not in changes:
         raise ConfigError("--task: missing; expected a .jsonl file of problems, gym:NAME, or parity:BITS")
-    from dsjax.posttrain.recipes import begin_with
-    from dsjax.posttrain.sft import import_hub
-
     if hub:
         import_hub(folder, run_folder, Config(), quiet)
         kept = load(run_folder / "config.json")

@@ -108,7 +108,8 @@ class Engine:
         as they are used. Raises ValueError while there are requests: what is in the cache is of the old weights.
         """
         if self.busy:
-            raise ValueError(f"renew: {len(self.running) + len(self.waiting)} requests are not done; expected none")
+            n = len(self.running) + len(self.waiting) + len(self._came)
+            raise ValueError(f"renew: {n} requests are not done; expected none")
         self._forget_chunks()
         self._set_weights(model, router_bias)
 

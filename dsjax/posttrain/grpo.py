@@ -8,6 +8,7 @@ holds answers to held-out problems as text. A run that was ended goes on with th
 
 import contextlib
 import functools
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import numpy as np
 from dsjax.config import Config, ConfigError, EngineConfig, more_room, replace
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.files import write_text
-from dsjax.hub.chat import ChatTemplate
+from dsjax.hub.chat import TEMPLATE, ChatTemplate
 from dsjax.hub.load import Loaded
 from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request
@@ -64,6 +65,7 @@ def train(
         with signals, owned(run_folder), contextlib.ExitStack() as open_:
             config = phase.begin(config, run_folder, source and Path(source), explicit or {})
             config = adopt(config, run_folder, explicit or {}, report.say)
+            _take_template(run_folder)
             check(config)
             mesh = device_mesh(config)
             tokenizer = run_tokenizer(run_folder)
@@ -98,6 +100,13 @@ def check(config: Config) -> None:
         )
 
 
+def _take_template(run_folder: Path) -> None:
+    """Puts the chat template of the run that it begins with into the folder, if there is one."""
+    came = phase.origin(run_folder)
+    if came is not None and (Path(came.run) / TEMPLATE).is_file() and not (run_folder / TEMPLATE).exists():
+        shutil.copyfile(Path(came.run) / TEMPLATE, run_folder / TEMPLATE)
+
+
 class Run:
     """One call of `train`, past the reading of settings."""
 
@@ -118,7 +127,8 @@ class Run:
         """started: when this program did, in seconds, for the ledger of time."""
         config, report = self.config, self.report
         self.problems = self.task.heldout()
-        report.table(telling.plan_rows(config, self.task, self.objective, self.mesh, len(self.problems)))
+        n_heldout = len(self.problems)
+        report.table(telling.plan_rows(config, self.task, self.objective, self.mesh, n_heldout))
         self.problems = self.problems[: config.grpo.eval_prompts]
         first, state, kept = self._start()
         engine = self._engine(state)
@@ -129,8 +139,11 @@ class Run:
         self.recorder, done = Recorder(self.folder, first), first
         if self.recorder.last("run") is None:
             title = f"{config.name}, {self.task.name}, {config.grpo.objective}"
-            facts = {"task": self.task.name, "layers": layer_names(config.model), **machine()}
-            self.recorder.write("run", first, {"title": title, **facts})
+            weights = {name: float(weight) for name, weight in self.task.weights.items()}
+            facts = {"task": self.task.name, "style": config.grpo.style, "reward": weights, "held_out": n_heldout}
+            self.recorder.write(
+                "run", first, {"title": title, "layers": layer_names(config.model), "facts": facts, **machine()}
+            )
         try:
             if first >= config.steps:
                 report.say(
@@ -315,8 +328,8 @@ class Run:
             "kl": float(parts.kl) / n_tokens,
             "clipped": float(parts.clipped) / n_tokens,
             "left_out": float(parts.left_out) / n_tokens,
-            "gap": float(apart.mean()) if apart.size else 0.0,
-            "gap_max": float(apart.max(initial=0)),
+            "gap": float(apart.mean()) if apart.size else None,  # all may have been sampled by older weights
+            "gap_max": float(apart.max()) if apart.size else None,
         }
 
     def _score(self, model, router_bias, micro, replay: bool):

@@ -57,10 +57,16 @@ def begin_with(base: Config, recipe: str, changes: Mapping[str, Any]) -> Config:
     }
     settings |= RECIPES[name] | changes
     settings.setdefault(
-        "grpo.max_tokens", min(GrpoConfig().max_tokens, int(settings.get("seq_len", base.seq_len)) // 2)
+        "grpo.max_tokens", min(GrpoConfig().max_tokens, _number(settings, "seq_len", base.seq_len) // 2)
     )
-    updates = int(settings.get("grpo.updates", 1))
+    updates = _number(settings, "grpo.updates", 1)
     for every in ("steps", "eval_every", "checkpoint_every"):
         if every not in changes:
             settings[every] = -(-int(settings[every]) // updates) * updates
     return override(base, settings)
+
+
+def _number(settings: Mapping[str, Any], name: str, default: int) -> int:
+    """A whole number above 0; the default for what is none, of which `override` says what is wrong."""
+    value = str(settings.get(name, default))
+    return int(value) if value.isdecimal() and int(value) else default

@@ -106,11 +106,11 @@ def step_line(row: dict[str, Any], steps: int, weights) -> str:
     inner = f" ({', '.join(parts)})" if len(parts) > 1 else ""
     cut = f", {row['truncated']:.0%} cut off" if row["truncated"] else ""
     skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
+    gap = "" if row["gap"] is None else f"sampler and trainer {row['gap']:.1e} apart (most {row['gap_max']:.1e}), "
     return (
         f"step {row['step']}/{steps}: reward {_number(row['reward'])}{inner}, {row['length']:.1f} tokens{cut}, "
         f"entropy {_number(row['entropy'])}, KL {_number(row['kl'], '.2g')}, {row['zero_spread']:.0%} of groups "
-        f"without spread, sampler and trainer {_number(row['gap'], '.1e')} apart (most "
-        f"{_number(row['gap_max'], '.1e')}), {row['sample_s']:.1f} s sampling and {row['learn_s']:.1f} s learning{skipped}"
+        f"without spread, {gap}{row['sample_s']:.1f} s sampling and {row['learn_s']:.1f} s learning{skipped}"
     )
 
 

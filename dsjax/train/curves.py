@@ -7,8 +7,10 @@ from dsjax.train.digest import Digest
 from dsjax.train.lines import number
 
 LOG_FROM = 50  # highest over lowest, from which an axis is logarithmic
-_IF_ANY = ("mtp_weight", "balance_loss", "skipped", "overflow", "bias_update_speed")  # not shown where all are zero
-_IF_ANY += ("clipped", "left_out", "kl", "resampled", "staleness", "truncated")
+_IF_ANY = (  # not shown where all are zero
+    *("mtp_weight", "balance_loss", "skipped", "overflow", "bias_update_speed"),
+    *("clipped", "left_out", "kl", "resampled", "staleness", "truncated"),
+)
 _PARTS = ("orange", "green", "violet", "cyan", "gold", "brick")  # of a reward
 _PASSES = ("ink", "blue", "green", "gold", "orange", "brick", "grey")  # pass@1, pass@2, pass@4, ...
 _DEPTHS = ("orange", "gold", "brick")  # of MTP
@@ -84,13 +86,7 @@ def _policy(digest: Digest) -> list[dict[str, Any]]:
     """What policy optimisation watches besides."""
 
     def one(id_, title, unit, *lines, zero=True):
-        series = [
-            _series(name, color, "eval" if key.startswith("heldout") else "train", values, **look)
-            for key, name, color in lines
-            for values in [digest.held_curve(key) if key.startswith("heldout") else digest.curve(key)]
-            for look in [{"dots": True} if key.startswith("heldout") else {"smooth": True}]
-        ]
-        return _chart(id_, title, unit, series, zero=zero)
+        return _chart(id_, title, unit, [_line(digest, *line) for line in lines], zero=zero)
 
     return [
         one(
@@ -102,16 +98,16 @@ def _policy(digest: Digest) -> list[dict[str, Any]]:
             ("truncated", "learned from", "blue"), ("heldout_truncated", "held out", "ink"),
         ),
         one("entropy", "Entropy", "nats a token", ("entropy", "entropy", "blue")),
-        one("kl", "KL to the reference", "nats a token, k3", ("kl", "KL", "blue")),
-        one("zero_spread", "Groups without spread", "share; nothing is learned from them", ("zero_spread", "share", "blue")),
+        one("kl", "KL to the reference", "nats (k3)", ("kl", "KL", "blue")),
+        one("zero_spread", "Groups without spread", "share", ("zero_spread", "share", "blue")),
         one("resampled", "Groups replaced", "a round", ("resampled", "groups", "blue")),
         one(
-            "gap", "Sampler and trainer apart", "nats, of a token's log-probability",
+            "gap", "Sampler and trainer apart", "nats",
             ("gap_max", "most", "gold"), ("gap", "mean", "blue"), zero=False,
         ),
-        one("clipped", "Clipped", "share of tokens without gradient", ("clipped", "share", "blue")),
-        one("left_out", "Left out", "share of tokens, of bad answers too far from the policy", ("left_out", "share", "blue")),
-        one("staleness", "Staleness", "steps between a token's weights and those that learn", ("staleness", "mean", "blue")),
+        one("clipped", "Clipped", "share of tokens", ("clipped", "share", "blue")),
+        one("left_out", "Left out", "share of tokens", ("left_out", "share", "blue")),
+        one("staleness", "Staleness", "steps", ("staleness", "mean", "blue")),
         one(
             "seconds", "Time", "seconds a round",
             ("sample_s", "sampling", "green"), ("learn_s", "learning", "blue"),
@@ -162,6 +158,13 @@ def _train(digest: Digest, key: str, name: str, smooth: bool = True) -> dict[str
 
 def _series(name: str, color: str, x: str, values: dict[str, list] | None, **look) -> dict[str, Any] | None:
     return {"name": name, "color": color, "x": x, **values, **look} if values else None
+
+
+def _line(digest: Digest, key: str, name: str, color: str) -> dict[str, Any] | None:
+    """Of training rows, or, by its key, of evaluations."""
+    if key.startswith("heldout_"):
+        return _series(name, color, "eval", digest.held_curve(key), dots=True)
+    return _series(name, color, "train", digest.curve(key), smooth=True)
 
 
 def _all_zero(chart: dict[str, Any]) -> bool:

@@ -46,7 +46,7 @@ def summed(spans: Iterable[Span]) -> dict[str, float]:
 
 
 def goodput(seconds: dict[str, float]) -> float | None:
-    """The part of the wall time that went into steps that count, and into sampling for them; None if none has passed."""
+    """The part of the wall time that went into steps that count and sampling for them, None if no time has passed."""
     total = sum(seconds.values())
     return sum(seconds[name] for name in COUNTED) / total if total > 0 else None
 
@@ -130,7 +130,7 @@ def _filled(span: Span) -> Span:
 
 
 def _without_lost(spans: list[Span]) -> list[Span]:
-    """Seconds of steps, and of sampling for them, that a later span took again become `lost`, in proportion to the steps."""
+    """Seconds of steps, and of sampling for them, become `lost` as far as a later span took them again."""
     kept, again = [], float("inf")  # the step from which later spans took steps again
     for span in reversed(spans):
         steps, redone = span.last - span.first, span.last - max(span.first, again)

@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const SVG = document.querySelector("svg").namespaceURI;
 const PAD = { left: 54, right: 14, top: 14, bottom: 26 };
 const CATEGORIES = {
-  step: "blue", compile: "violet", input: "green", checkpoint: "gold", eval: "cyan", check: "grey", rollback: "brick",
+  step: "blue", sample: "mint", compile: "violet", input: "green", checkpoint: "gold", eval: "cyan", check: "grey", rollback: "brick",
   restart: "orange", lost: "red", idle: "pale", other: "many",
 };
 const KINDS = {

@@ -26,9 +26,11 @@ from dsjax.train.lines import number, read_lines
 HERE = Path(__file__).parent
 SPANS = 240  # of the timeline
 INCIDENTS, EVALUATIONS, TEXT = 500, 100, 400  # rows of tables; characters of a text in them
+SAMPLES = 20_000  # characters of the last samples
 SPEEDS = 20  # rows whose median is the speed now
 MEANING = {
     "step": "training steps that count",
+    "sample": "sampling answers to learn from, and judging them",
     "compile": "compiling the step",
     "input": "waiting for data",
     "checkpoint": "waiting for checkpoints",
@@ -87,6 +89,8 @@ def page(run_folder: Path, preset: Config | None = None, version: str = "") -> s
         held_rows=len(digest.held),
         averaged=any("ema_heldout_nats" in row for row in digest.held),
         in_bits=any("heldout_bpb" in row for row in digest.held),
+        columns=_columns(digest),
+        samples=_samples(run_folder),
         experts=digest.loads.shape,
         seconds=[(name, MEANING.get(name, ""), value) for name, value in seconds.items() if value >= 0.05],
         total=sum(seconds.values()),
@@ -156,15 +160,37 @@ def _incidents(run_folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def _columns(digest: Digest) -> list[tuple[str, str]]:
+    """(key, heading) of an evaluation's columns, where it is of answers to problems; else none."""
+    if digest.rewards() is None:
+        return []
+    passed = [(name, f"pass@{name[5:]}") for name in digest.passes()]
+    rest = {"heldout_reward": "reward", "heldout_length": "tokens", "heldout_truncated": "cut off"}
+    return [*passed, *rest.items()]
+
+
+def _samples(run_folder: Path) -> tuple[str, str] | None:
+    """Name and text of the newest file of samples."""
+    files = sorted((run_folder / "samples").glob("step-*.txt"))
+    try:
+        text = files[-1].read_text(encoding="utf-8", errors="replace")
+    except (IndexError, OSError):
+        return None
+    more = f"\n... ({len(text):,} characters)" if len(text) > SAMPLES else ""
+    return files[-1].name, text[:SAMPLES] + more
+
+
 def _tiles(digest: Digest, config: Config | None, seconds: dict[str, float], incidents: int) -> list[tuple]:
     """(label, value, what it means) of the numbers at the top."""
     train, held = digest.train[-1] if digest.train else {}, digest.held[-1] if digest.held else {}
     tiles = [("step", f"{digest.step:,}", f"of {config.steps:,}" if config else "")]
     if (tokens := number(train.get("tokens"))) is not None:
         tiles.append(("tokens", human(int(tokens)), "seen in training"))
-    if train:
+    if digest.rewards() is not None:
+        tiles += _policy_tiles(train, held)
+    elif train:
         tiles.append(("training loss", fixed(train.get("loss")), "nats a token, last row"))
-    if held:
+    if held and digest.rewards() is None:
         rivals = [f"{name} {held[f'{name}_bpb']:.3f}" for name in ("gzip", "xz") if number(held.get(f"{name}_bpb"))]
         if "heldout_bpb" in held:
             tiles.append(("held out", fixed(held["heldout_bpb"], 3), f"bits a byte; {', '.join(rivals)}"))
@@ -184,6 +210,23 @@ def _tiles(digest: Digest, config: Config | None, seconds: dict[str, float], inc
         tiles.append(("goodput", f"{100 * part:.1f}%", f"of {clock(sum(seconds.values()))} of wall time"))
     skipped = int(number(train.get("skipped")) or 0)
     tiles.append(("incidents", f"{incidents:,}", f"and {skipped:,} skipped steps" if skipped else ""))
+    return tiles
+
+
+def _policy_tiles(train: dict[str, Any], held: dict[str, Any]) -> list[tuple]:
+    tiles = []
+    if train:
+        tiles.append(("reward", fixed(train.get("reward"), 3), "mean of the last row's answers"))
+    if "pass_1" in held:
+        most = max((int(name[5:]) for name in held if name.startswith("pass_") and name[5:].isdecimal()), default=1)
+        more = f", pass@{most} {fixed(held[f'pass_{most}'], 3)}" if most > 1 else ""
+        tiles.append(("pass@1", fixed(held["pass_1"], 3), f"of held-out problems{more}"))
+    elif held:
+        tiles.append(("held out", fixed(held.get("heldout_reward"), 3), "reward"))
+    if train:
+        tiles.append(("length", fixed(train.get("length"), 1), "tokens of an answer, last row"))
+        gap = number(train.get("gap"))
+        tiles.append(("gap", "NaN" if gap is None else f"{gap:.1e}", "nats between sampler and trainer, last row"))
     return tiles
 
 

@@ -1,4 +1,5 @@
-"""loss.png: loss, held-out bits a byte beside gzip and xz, MaxVio, and the load of every expert."""
+"""loss.png: loss, held-out bits a byte beside gzip and xz, MaxVio, and the load of every expert; of policy optimisation
+reward, pass@k, length, and how far policies are from each other."""
 
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 INK, GREY, BLUE, ORANGE, GREEN = "#1a1a1a", "#8c8c8c", "#2f6fde", "#e07b29", "#2a9d6f"
+VIOLET = "#8a5fd0"
 STYLE = {
     "axes.edgecolor": GREY,
     "axes.grid": True,
@@ -30,16 +32,66 @@ def draw(rows: list[dict[str, Any]], to: Path | BinaryIO) -> None:
     """Four panels of the rows of a metrics.jsonl, as PNG."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 8.5), layout="constrained")
-        (loss, bits), (violation, load) = figure.subplots(2, 2)
+        panels = figure.subplots(2, 2)
         run = next((row for row in rows if row["kind"] == "run"), {})
         train = [row for row in rows if row["kind"] == "train"]
         held = [row for row in rows if row["kind"] == "eval"]
         figure.suptitle(run.get("title", ""), x=0.01, ha="left", color=GREY, fontsize=10)
-        _loss(loss, train, held)
-        _bits(bits, held)
-        _violation(violation, train, run)
-        _load(figure, load, train, run)
+        if any("reward" in row for row in train) or any("heldout_reward" in row for row in held):
+            _of_policy(panels, train, held)
+        else:
+            _of_language(figure, panels, train, held, run)
         figure.savefig(to, dpi=110)
+
+
+def _of_language(figure, panels, train, held, run) -> None:
+    (loss, bits), (violation, load) = panels
+    _loss(loss, train, held)
+    _bits(bits, held)
+    _violation(violation, train, run)
+    _load(figure, load, train, run)
+
+
+def _of_policy(panels, train, held) -> None:
+    (reward, passed), (length, apart) = panels
+    steps, last = [row["step"] for row in train], train[-1] if train else {}
+    parts = [name for name in last if name.startswith("reward_")]
+    reward.set(title="Reward", xlabel="step", ylabel="of an answer")
+    for name, colour in zip(parts if len(parts) > 1 else [], (ORANGE, GREEN, VIOLET, GREY)):
+        _line(reward, train, name, colour, name.removeprefix("reward_"))
+    _line(reward, train, "reward", BLUE, "mean reward", lw=1.8)
+    _line(reward, held, "heldout_reward", INK, "held out", "o-")
+    passed.set(title="Held-out problems", xlabel="step", ylabel="share solved", ylim=(0, 1.02))
+    names = [name for name in (held[-1] if held else {}) if name.startswith("pass_")]
+    for name, colour in zip(names, (INK, BLUE, GREEN, ORANGE, VIOLET, GREY)):
+        _line(passed, held, name, colour, f"pass@{name[5:]}", "o-")
+    length.set(title="Length of answers", xlabel="step", ylabel="tokens")
+    _line(length, train, "length_max", ORANGE, "longest")
+    _line(length, train, "length", BLUE, "mean", lw=1.8)
+    _line(length, held, "heldout_length", INK, "held out", "o-")
+    apart.set(title="Entropy, and how far policies are apart", xlabel="step", ylabel="nats a token", yscale="log")
+    _line(apart, train, "entropy", GREEN, "entropy")
+    _line(apart, train, "kl", BLUE, "KL to the reference")
+    _line(apart, train, "gap", ORANGE, "sampler to trainer")
+    _line(apart, train, "gap_max", ORANGE, "sampler to trainer, most", lw=0.8)
+    for panel, why in zip(panels.flat, ("no steps yet", "nothing measured yet", "no steps yet", "no steps yet")):
+        if not panel.lines:
+            _nothing(panel, why)
+            continue
+        panel.legend()
+        _from_zero(panel, [*steps, *(row["step"] for row in held)])
+        if panel in (reward, length):
+            low, high = (f(f(line.get_ydata()) for line in panel.lines) for f in (min, max))
+            panel.set_ylim(min(0, 1.08 * low), 1.08 * high if high > 0 else 1)
+
+
+def _line(panel, rows, name: str, colour: str, label: str, mark: str | None = None, lw: float = 1.3) -> None:
+    """Through the rows that have it; on an axis of powers, where it is above 0."""
+    values = _numbers([row.get(name) for row in rows])
+    known = np.isfinite(values) & ((values > 0) | (panel.get_yscale() != "log"))
+    if known.any():
+        steps = [row["step"] for row, here in zip(rows, known) if here]
+        panel.plot(steps, values[known], mark or _mark(steps), color=colour, lw=lw, ms=4, label=label)
 
 
 def _loss(panel, train, held) -> None:

@@ -270,6 +270,77 @@ def test_a_prompt_that_lost_its_pages_while_it_was_read_is_told_once():
     assert client.tokens == alone(tuple(PROMPTS[2]))
 
 
+@pytest.mark.parametrize("rows", [4])
+def test_prompts_that_are_read_together_give_the_same_texts(rows):
+    clients = [Client(prompt) for prompt in [*PROMPTS, PROMPTS[2], PROMPTS[2]]]
+    engine = serve(clients, prefill_rows=rows, max_rows=8)
+    for client in clients:
+        assert client.tokens == alone(tuple(client.request.prompt))
+    assert engine.counts["cached_tokens"] == 2 * 16  # who begins alike waits for the one that reads
+    one_by_one = serve([Client(prompt) for prompt in PROMPTS], max_rows=8)
+    assert engine.counts["prefill_steps"] < one_by_one.counts["prefill_steps"]
+
+
+def test_with_new_weights_nothing_is_left_of_the_old_ones():
+    it, prompt = loaded(), PROMPTS[2]
+    first, again, other = (Client(prompt, logprobs=0, keep_experts=True) for _ in range(3))
+    with jax.set_mesh(it.mesh):
+        model, bias = models.draw(CFG, seed=7)
+        engine = Engine(it, EngineConfig(**OPTIONS))
+        engine.submit(first.request)
+        with pytest.raises(ValueError, match=r"^renew: 1 requests are not done; expected none$"):
+            engine.renew(model, bias)
+        engine.step()
+        with pytest.raises(ValueError, match=r"^renew: 1 requests are not done; expected none$"):
+            engine.renew(model, bias)
+        engine.run()
+        engine.renew(model, bias)
+        engine.submit(again.request)
+        engine.run()
+        new = Engine(dataclasses.replace(it, model=model, router_bias=bias), EngineConfig(**OPTIONS))
+        new.submit(other.request)
+        new.run()
+    assert first.tokens == alone(tuple(prompt)) != again.tokens
+    assert again.request.n_cached == 0
+    assert [(o.token, o.logprob) for o in again.said] == [(o.token, o.logprob) for o in other.said]
+    np.testing.assert_array_equal(again.request.prompt_experts, other.request.prompt_experts)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_tokens": 68, "max_rows": 6}, {"prefill_rows": 4}], ids=str)
+def test_experts_of_prompts_and_texts_are_those_of_the_full_forward_pass(options):
+    """Of shared chunks, too, and where pages ran out in between."""
+    prompts = [*PROMPTS, PROMPTS[2], [*PROMPTS[2][:18], 40]]
+    clients = [Client(prompt, keep_experts=True, max_tokens=11) for prompt in prompts]
+    engine = serve(clients, n_draft=0, **options)
+    assert sum(client.request.n_cached for client in clients) > 0
+    assert (engine.counts["preemptions"] > 0) == ("cache_tokens" in options)
+    it = loaded()
+    with jax.set_mesh(it.mesh):
+        batch = models.pack([[len(c.request.tokens)] for c in clients], 32)
+        tokens = np.zeros((len(clients), 32), np.int32)
+        for row, client in enumerate(clients):
+            tokens[row, : len(client.request.tokens)] = client.request.tokens
+        batch = batch.replace(tokens=jax.device_put(tokens, batch.tokens.sharding))
+        chosen = np.sort(models.chosen_experts(it.model, it.router_bias, batch, models.COMPUTE), axis=-1)
+    for row, client in enumerate(clients):
+        n = len(client.request.prompt)
+        np.testing.assert_array_equal(np.sort(client.request.prompt_experts, axis=-1), chosen[:, row, :n])
+        said = np.stack([one.experts for one in client.said], axis=1)
+        np.testing.assert_array_equal(np.sort(said, axis=-1), chosen[:, row, n - 1 : n + 10])
+
+
+def test_experts_that_nobody_asked_for_are_not_known():
+    first, second = Client(PROMPTS[2]), Client(PROMPTS[2], keep_experts=True)
+    it = loaded()
+    with jax.set_mesh(it.mesh):
+        engine = Engine(it, EngineConfig(**OPTIONS))
+        for client in (first, second):
+            engine.submit(client.request)
+            engine.run()
+    experts = second.request.prompt_experts
+    assert second.request.n_cached == 16 and np.all(experts[:, :16] == -1) and np.all(experts[:, 16:] >= 0)
+
+
 class Even:
     """A grammar of even tokens."""
 

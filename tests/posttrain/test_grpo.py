@@ -1,7 +1,10 @@
 """The loop on a toy: it learns, goes on after any end with the same answers, and each option does what it says."""
 
 import copy
+import json
 import os
+import re
+import shutil
 import signal
 from types import MappingProxyType
 
@@ -21,6 +24,7 @@ from dsjax.posttrain.exact import ExactEngine
 from dsjax.posttrain.problem import Problem
 from dsjax.posttrain.rollouts import Rollouts
 from dsjax.posttrain.rows import length_penalty
+from dsjax.train import page, picture
 from sharding.mesh import make_mesh
 
 
@@ -80,8 +84,9 @@ def test_the_mean_reward_rises_and_the_sampler_says_what_the_trainer_says(whole)
     rows = toys.rows(whole[0], "train")
     rewards = [row["reward"] for row in rows]
     assert np.mean(rewards[-2:]) > np.mean(rewards[:2]) + 0.15
-    assert max(row["gap"] for row in rows) < 1e-6 and max(row["gap_max"] for row in rows) < 1e-5
-    assert min(row["gap_max"] for row in rows) > 0
+    gaps = [(row["gap"], row["gap_max"]) for row in rows if row["gap"] is not None]  # of older tokens there is none
+    assert len(gaps) >= 4 and max(mean for mean, _ in gaps) < 1e-6
+    assert min(most for _, most in gaps) > 0 and max(most for _, most in gaps) < 1e-5
     evaluations = toys.rows(whole[0], "eval")
     assert [row["step"] for row in evaluations] == [0, 4, 8]
     assert evaluations[-1]["heldout_reward"] > evaluations[0]["heldout_reward"]
@@ -123,6 +128,60 @@ def test_a_run_told_to_end_saves_and_goes_on_with_the_same_rewards(whole, source
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(source, tmp_path / "run", **settings)
     assert toys.rows(tmp_path / "run") == toys.rows(folder)
+
+
+def test_it_is_shown_and_drawn(whole, tmp_path):
+    folder, _ = whole
+    rows, held = (toys.rows(folder, kind) for kind in ("train", "eval"))
+    html = page.page(folder)
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
+    drawn = {chart["id"]: {s["name"]: s["y"] for s in chart["series"]} for chart in data["charts"]}
+    assert list(drawn)[:2] == ["reward", "passed"]
+    wanted = ("length", "truncated", "entropy", "kl", "zero_spread", "gap", "grad_norm", "learning_rate", "seconds")
+    assert set(wanted) <= drawn.keys() and not {"loss", "heldout"} & drawn.keys()
+    for chart, name, key, of in (
+        ("reward", "mean reward", "reward", rows), ("reward", "accuracy", "reward_accuracy", rows),
+        ("reward", "held out", "heldout_reward", held), ("passed", "pass@2", "pass_2", held),
+        ("length", "longest", "length_max", rows), ("gap", "most", "gap_max", rows), ("kl", "KL", "kl", rows),
+    ):  # fmt: skip
+        seen = [row[key] if row[key] is None else pytest.approx(row[key], rel=1e-4) for row in of]
+        assert drawn[chart][name] == seen, name
+    assert [chart["log"] for chart in data["charts"] if chart["id"] == "gap"] == [True]
+    assert data["layers"] == ["layer 2", "MTP 1"] and data["loads"]["steps"] == list(range(1, 9))
+    for text in ("pass@1", "samples/step-000008.txt", "## answer 2: accuracy", "sampling answers to learn from"):
+        assert text in html, text
+    for of in (rows, held, rows[:1], held[:1], rows + held):
+        with (tmp_path / "loss.png").open("wb") as file:
+            picture.draw(of, file)
+        assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_no_text_of_an_answer_becomes_markup(whole, tmp_path):
+    folder = shutil.copytree(whole[0], tmp_path / "run")
+    (folder / "samples/step-000009.txt").write_text("<script>alert(1)</script>" + "x" * page.SAMPLES)
+    html = page.page(folder)
+    assert "&lt;script&gt;alert(1)" in html and "<script>alert(1)" not in html and "characters)" in html
+
+
+def test_a_person_is_told_what_is_done_and_where_it_is(source, tmp_path, capsys):
+    train(source, tmp_path / "run", steps=1)
+    said = capsys.readouterr().err
+    for line in (
+        "task       low, put as plain; 2 problems held out, 2 of them asked twice",
+        "reward     accuracy 1, short 0.1",
+        "steps      1 of 2 prompts x 8 answers of at most 6 tokens",
+        "objective  r1: ratios of tokens from 0 to 11, KL 0.001 (k3) to a policy renewed every 400 steps, advantages",
+        "sampling   temperature 1, its experts replayed in training, router bias at rest",
+        f"starting from step 5 of {source}",
+        "step 1/1: reward ",
+        "step 1: held out pass@1 ",
+        f"checkpoint {tmp_path / 'run/checkpoints/1'}",
+        f"samples    {tmp_path / 'run/samples/step-000001.txt'}",
+        f"evaluate   dsjax eval {tmp_path / 'run'} --task low --style plain --max-tokens 6",
+    ):
+        assert f"\n{line}" in f"\n{said}", line
+    train(source, tmp_path / "run", steps=1)
+    assert "1 of 1 steps are done; --steps=N gives it more" in capsys.readouterr().err
 
 
 # What each option does.
@@ -350,6 +409,16 @@ def test_eight_devices_take_the_step_of_one(source, tmp_path, monkeypatch):
         np.testing.assert_allclose(other[name], said[name], rtol=1e-4, atol=1e-6, err_msg=name)
     for name, value in one.items():  # Adam's first step: the gradient's sign, where it is not rounding
         np.testing.assert_allclose(eight[name], value, atol=2e-3, err_msg=name)
+
+
+def test_the_chat_template_comes_with_the_model(source, tmp_path):
+    talker = shutil.copytree(source, tmp_path / "talker")
+    (talker / "chat_template.jinja").write_text("{{ messages[0].content }}<think>")
+    task, asked = toys.Low(), []
+    task.judge = lambda problems, texts: asked.extend(texts) or toys.Low.judge(task, problems, texts)
+    train(talker, tmp_path / "run", task, steps=1, style="chat")
+    assert all(text.startswith("<think>") for text in asked) and asked  # what the prompt has of the answer already
+    assert (tmp_path / "run/chat_template.jinja").exists()
 
 
 # What is wrong is one line.

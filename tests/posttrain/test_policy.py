@@ -9,8 +9,6 @@ import models
 import numpy as np
 import pytest
 
-from dsjax.config import replace
-from dsjax.model.transformer import DeepSeek
 from dsjax.posttrain import policy, rows
 from dsjax.posttrain.objective import advantages
 
@@ -64,36 +62,12 @@ def test_replay_keeps_the_gap_closed_under_router_noise():
     (given,) = checks.micros(cfg)
     batch, one = given.batch, jnp.float32(1)
     score = jax.jit(lambda bias, experts: policy.score(model, bias, batch, one, experts, cfg.compute))
-    chosen = _experts_of(model, bias, batch, cfg)
+    chosen = models.chosen_experts(model, bias, batch, cfg.compute)
     sampler = score(bias, None)
     noise = jax.tree.map(lambda b: b + np.random.default_rng(0).normal(0, 0.5, b.shape).astype(np.float32), bias)
     apart = [float(jnp.max(jnp.abs(score(noise, experts) - sampler))) for experts in (None, chosen)]
     assert apart[0] > 0.01
     assert apart[1] < 1e-6
-
-
-def _experts_of(model: DeepSeek, bias, batch, cfg):
-    """The experts that the trunk chooses, seen by trying each token's choice in the router of every layer."""
-    from dsjax.model import moe, transformer
-
-    seen = []
-    right = moe.Router.__call__
-
-    def watched(self, *args, **options):
-        routing = right(self, *args, **options)
-        seen.append(routing.indices)
-        return routing
-
-    def run():
-        seen.clear()
-        transformer.DeepSeek.__call__(model, batch, bias, replace(cfg.compute, scan_layers=False))
-        return jnp.stack(seen[: cfg.model.num_moe_layers])
-
-    moe.Router.__call__ = watched
-    try:
-        return jax.jit(run)()
-    finally:
-        moe.Router.__call__ = right
 
 
 @pytest.mark.usefixtures("one_device")
