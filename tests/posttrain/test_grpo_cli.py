@@ -31,9 +31,9 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def problems(tmp_path_factory):
-    """Problems of which some are held out; an answer that is a number is seldom the right one."""
+    """Problems of which some are held out. An answer without Latin letters is a good one."""
     path = tmp_path_factory.mktemp("problems") / "problems.jsonl"
-    lines = [{"prompt": f"{n}=", "answer": str(n % 3), "rewards": ["accuracy"]} for n in range(300)]
+    lines = [{"prompt": f"{n}=", "answer": "?", "language": "ru", "rewards": ["language"]} for n in range(300)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -154,4 +154,5 @@ def test_a_killed_process_goes_on_with_the_same_rewards(source, problems, tmp_pa
     result = runs.dsjax("grpo", killed, "--quiet", env=env)
     assert result.returncode == 0, result.stderr
     assert toys.rows(killed) == toys.rows(whole)
-    assert len(toys.rows(whole, "train")) == 12
+    rewards = [row["reward"] for row in toys.rows(whole, "train")]
+    assert len(rewards) == 12 and len(set(rewards)) > 3
