@@ -2,6 +2,7 @@
 says on disk; and the command from end to end."""
 
 import functools
+import json
 import math
 
 import jax
@@ -9,14 +10,23 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+import runs
+from click.testing import CliRunner
 
-from dsjax.config import Config, ConfigError, DataConfig, replace
+from dsjax.cli import cli
+from dsjax.config import Config, ConfigError, DataConfig, replace, save
+from dsjax.config import load as load_config
 from dsjax.data.chats import Chat, keep_chats, load_chats, teacher_files
 from dsjax.data.pipeline import TrainRows, batches
 from dsjax.data.tokenizer import bytes_tokenizer
 from dsjax.hub.load import Loaded, logits
+from dsjax.posttrain import distill as distillation
 from dsjax.posttrain import teacher as teaching
+from dsjax.posttrain.distill import Traces, distill
+from dsjax.posttrain.tasks import open_task
 from dsjax.posttrain.teacher import check_tokenizer, put_logits
+from dsjax.train import layout
+from dsjax.train.checkpoint import Checkpoints
 from dsjax.train.layout import on_mesh, share_of
 from dsjax.train.loss import Teacher, count, cross_entropy, total_loss
 from sharding.mesh import make_mesh
@@ -285,3 +295,99 @@ def test_what_a_student_cannot_learn_from(teacher, run, monkeypatch):
         check_tokenizer(other, bytes_tokenizer(), 3)
     with pytest.raises(ConfigError, match="--logits=300: expected at most 262"):
         check_tokenizer(bytes_tokenizer(), bytes_tokenizer(), 300)
+
+
+# The stages.
+
+
+@pytest.fixture
+def stages(monkeypatch, tmp_path):
+    """Two run folders, and stages that only tell what they were asked."""
+    told = []
+    for name in ("teacher", "student"):
+        (tmp_path / name).mkdir()
+        bytes_tokenizer().save(tmp_path / name / "tokenizer.json")
+    monkeypatch.setattr(distillation, "newest_step", lambda folder: 7)
+    monkeypatch.setattr(distillation, "load", lambda folder, dtype, **options: told.append(("load", folder.name)))
+
+    def write(loaded, task, problems, out, **options):
+        told.append(("traces", len(problems), options["samples"]))
+        return {"problems": len(problems), "answers": 40, "kept": 20 if options["keep"] == "right" else 1}
+
+    def tune(source, run, data, **options):
+        told.append(("sft", source.name, options["recipe"], options["changes"]))
+        (run / "data").mkdir(parents=True, exist_ok=True)
+        options["teach"](settings(), run)
+        return {"heldout_nats": 1.0}
+
+    monkeypatch.setattr(distillation, "write_traces", write)
+    monkeypatch.setattr(distillation, "sft", tune)
+    monkeypatch.setattr(distillation, "put_logits", lambda loaded, *_, **__: told.append("logits"))
+    return tmp_path, told
+
+
+def test_a_stage_that_is_done_is_not_done_again(stages):
+    folder, told = stages
+    places = folder / "teacher", folder / "student"
+    with open_task("parity:8") as task:
+        once = functools.partial(distill, *places, task, folder / "run", n_problems=9, say=told.append, quiet=True)
+        result = once(Traces(samples=2), changes={"steps": 3})
+        assert result == {"problems": 9, "answers": 40, "kept": 20, "heldout_nats": 1.0}
+        path = folder / "run" / "traces" / "traces.jsonl"
+        assert told == [("load", "teacher"), ("traces", 9, 2), f"{path}: 9 problems, 40 answers, 20 kept",
+                        ("sft", "student", "distill", {"steps": 3})]  # fmt: skip
+        told.clear()
+        once(Traces(samples=2), logits=8)
+        weights = {"data.teacher_top_k": 8, "data.teacher_weight": 0.5}
+        assert told == [("sft", "student", "distill", weights), ("load", "teacher"), "logits"]
+        with pytest.raises(ConfigError, match=r"the traces are of samples=2, and now it is 4; choose another --run"):
+            once(Traces())
+        with pytest.raises(ConfigError, match=r"1 of 40 answers are worth learning; expected two or more: try more"):
+            distill(*places, task, folder / "other", Traces(keep="all"), say=told.append)
+
+
+def test_problems_of_a_short_file_are_asked_once(stages):
+    folder, told = stages
+    (folder / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?", "answer": "A"}) + "\n" for i in range(20)))
+    with open_task(folder / "p.jsonl", weights="choice") as task:
+        distill(folder / "teacher", folder / "student", task, folder / "run", n_problems=90, say=lambda _: None)
+    assert told[1] == ("traces", 20 - len(task.heldout()), 4)
+
+
+def test_another_tokenizer_is_refused_before_anything_is_asked(stages):
+    folder, told = stages
+    tokenizer = bytes_tokenizer()
+    tokenizer.backend.add_tokens(["word"])
+    tokenizer.save(folder / "student" / "tokenizer.json")
+    with open_task("parity:8") as task, pytest.raises(ConfigError, match="--logits=4: expected one tokenizer of both"):
+        distill(folder / "teacher", folder / "student", task, folder / "run", logits=4)
+    assert told == []
+
+
+@pytest.mark.slow
+def test_the_command_from_end_to_end(tmp_path, monkeypatch):
+    """A teacher that says anything, and a student of another width, which comes nearer to it in a few steps."""
+    monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:1])
+    texts = runs.write_texts(tmp_path / "texts")
+    for name, width in (("teacher", 32), ("student", 16)):
+        config = runs.micro(texts, seq_len=64)
+        config = replace(config, model=replace(config.model, hidden_size=width))
+        (tmp_path / name).mkdir()
+        bytes_tokenizer().save(tmp_path / name / "tokenizer.json")
+        save(config, tmp_path / name / "config.json")
+        with jax.set_mesh(make_mesh(jax.devices()[:1])), Checkpoints(tmp_path / name) as checkpoints:
+            checkpoints.save(5, models.state(config), {"steps": [], "load": []})
+    asked = ["--prompts", "parity:8", "--problems", "30", "--keep", "all", "--max-tokens", "48", "--max-rows", "32"]
+    trained = ["--batch-size=4", "--epochs", "30", "--optimizer.peak-lr=3e-3", "--logits", "16", "--logits-weight", "1"]
+    run = tmp_path / "run"
+    command = ["distill", str(tmp_path / "teacher"), str(tmp_path / "student"), *asked, *trained, "--run", str(run)]
+    for n in range(2):
+        result = CliRunner().invoke(cli, [*command, "--quiet"])
+        assert result.exit_code == 0, result.output
+        trained = [row for row in runs.rows(run / "student") if row["kind"] == "train"]
+        n_steps = trained[-1]["step"] if n == 0 else n_steps
+        assert trained[-1]["step"] == n_steps and trained[-1]["loss"] < trained[0]["loss"]
+    config = load_config(run / "student" / "config.json")
+    assert (config.data.teacher_top_k, config.data.teacher_weight, config.name) == (16, 1.0, "micro-sft")
+    assert config.optimizer.schedule == "cosine" and config.optimizer.final_lr_ratio == pytest.approx(0.1)
+    assert "traces" in {path.name for path in run.iterdir()} and (run / "traces" / "traces.answers.jsonl").is_file()
