@@ -312,6 +312,7 @@ def stages(monkeypatch, tmp_path):
 
     def write(loaded, task, problems, out, **options):
         told.append(("traces", len(problems), options["samples"]))
+        out.parent.mkdir(parents=True, exist_ok=True)
         return {"problems": len(problems), "answers": 40, "kept": 20 if options["keep"] == "right" else 1}
 
     def tune(source, run, data, **options):
