@@ -43,10 +43,10 @@ class Sizes:
     base_steps: int = 300  # of pre-training
     chains: float = 0.02  # of the student's documents that have a chain; of the teacher's, a tenth
     teacher_steps: int = 40  # of reinforcement learning
-    problems: int = 1000
-    samples: int = 2  # answers of the teacher to each
+    problems: int = 4000
+    samples: int = 1  # answers of the teacher to each: it says the same again
     epochs: float = 3.0  # that the student sees them
-    peak_lr: float = 3e-3  # of teaching
+    peak_lr: float = 1e-2  # of teaching
     rl_lr: float = 1e-3  # of reinforcement learning, the teacher's and the students'
     rl_batch: int = 256
     asked: int = 512  # held-out problems
