@@ -402,7 +402,7 @@ class GrpoConfig:
     overlong_buffer: int = Field(64, gt=0, description="last tokens of max_tokens over which the penalty grows to 1")
     resample: int = Field(0, ge=0, description="times that groups whose answers have one reward are replaced by others")
     max_staleness: int = Field(
-        0, ge=0, description="steps that an answer may begin before it is learned from; 0 = none"
+        0, ge=0, description="rounds of sampling that an answer may begin before it is learned from; 0 = none"
     )
     old_policy: Literal["sampler", "trainer"] = Field(
         "sampler", description="whose log-probabilities are the ratio's denominator"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from dsjax.claims.long_context import Clock
-from dsjax.claims.r1_zero import N_BITS, base_model, held_out_accuracy, write_texts
+from dsjax.claims.r1_zero import N_BITS, base_model, held_out_accuracy, rl_model, write_texts
 from dsjax.config import Config, ConfigError, ModelConfig, replace
 from dsjax.config import load as load_config
 from dsjax.files import read_json, replacing, write_json
@@ -27,7 +27,6 @@ from dsjax.posttrain import grpo
 from dsjax.posttrain.distill import Traces, distill
 from dsjax.posttrain.evaluate import Answer
 from dsjax.posttrain.parity import Parity
-from dsjax.posttrain.recipes import begin_with
 from dsjax.posttrain.traces import answers_of
 from dsjax.train import loop
 from dsjax.train.lines import read_lines
@@ -42,13 +41,11 @@ class Sizes:
 
     base_steps: int = 300  # of pre-training
     chains: float = 0.02  # of the student's documents that have a chain; of the teacher's, a tenth
-    teacher_steps: int = 40  # of reinforcement learning
+    teacher_steps: int = 60  # of reinforcement learning
     problems: int = 4000
     samples: int = 1  # answers of the teacher to each: it says the same again
     epochs: float = 3.0  # that the student sees them
     peak_lr: float = 1e-2  # of teaching
-    rl_lr: float = 1e-3  # of reinforcement learning, the teacher's and the students'
-    rl_batch: int = 256
     asked: int = 512  # held-out problems
 
 
@@ -81,13 +78,12 @@ def test(folder: Path, n_seeds: int, say: Say, sizes: Sizes = Sizes()) -> dict[s
         clock(f"student {seed}")
         taught, cost = _taught(teacher, student, folder / f"taught-{seed}", seed, say, sizes)
         clock(f"taught {seed}")
-        alone, spent = _alone(student, folder / f"alone-{seed}", sum(cost.values()), say, sizes)
+        alone, spent = _alone(student, folder / f"alone-{seed}", sum(cost.values()), say)
         clock(f"alone {seed}")
         models = {"before": student, "alone": alone, "taught": taught}
         measured = {name: _measured(run, folder / f"{name}-{seed}.json", sizes.asked) for name, run in models.items()}
         clock(f"measured {seed}")
-        curve = learned_by(alone, sizes)
-        rows.append({"seed": seed, **measured, "flops": {**cost, "alone": spent}, "curve": curve})
+        rows.append({"seed": seed, **measured, "flops": {**cost, "alone": spent}, "curve": learned_by(alone)})
     first = _measured(teacher, folder / "teacher.json", sizes.asked)
     result = compare(rows) | {
         "teacher": first,
@@ -167,8 +163,8 @@ def _steps_flops(run: Path, n_bits: int = N_BITS) -> list[float]:
     return [step_flops(config, row["answer_tokens"], n_bits) for row in rows if row["kind"] == "train"]
 
 
-def learned_by(run: Path, sizes: Sizes) -> list[tuple[float, float]]:
-    """(FLOPs, accuracy of sampled answers) of each evaluation of a run of reinforcement learning."""
+def learned_by(run: Path) -> list[tuple[float, float]]:
+    """(FLOPs, accuracy of greedy answers) of each evaluation of a run of reinforcement learning."""
     spent = np.concatenate([[0.0], np.cumsum(_steps_flops(run))])
     rows = read_lines(run / "metrics.jsonl")
     return [(float(spent[row["step"]]), row["pass_1"]) for row in rows if row["kind"] == "eval"]
@@ -180,7 +176,7 @@ def learned_by(run: Path, sizes: Sizes) -> list[tuple[float, float]]:
 def reasoner(folder: Path, say: Say, sizes: Sizes) -> Path:
     """The run of a model that reasons: pre-trained with few chains, and then trained by rewards alone."""
     base = _pretrained(base_model(0, sizes.base_steps), folder / "base", None, say)
-    return _reinforced(base, folder / "teacher", sizes.teacher_steps, say, sizes)
+    return _reinforced(base, folder / "teacher", sizes.teacher_steps, say)
 
 
 def _pretrained(config: Config, run: Path, chains: float | None, say: Say) -> Path:
@@ -193,28 +189,13 @@ def _pretrained(config: Config, run: Path, chains: float | None, say: Say) -> Pa
     return _whole(run, config.steps)
 
 
-def _reinforced(base: Path, run: Path, steps: int, say: Say, sizes: Sizes) -> Path:
-    """The run of `dsjax grpo` from a base, taken to that step."""
-    changes = {
-        "steps": steps,
-        "batch_size": sizes.rl_batch,
-        "seq_len": 2 * (N_BITS + 4),
-        "optimizer.peak_lr": sizes.rl_lr,
-        "eval_every": 20,
-        "checkpoint_every": 1000,  # and at the end
-        "grpo.task": f"parity:{N_BITS}",
-        "grpo.style": "plain",
-        "grpo.group_size": 8,
-        "grpo.max_tokens": N_BITS + 4,
-        "grpo.eval_prompts": 128,
-        "grpo.eval_samples": 2,
-    }
+def _reinforced(base: Path, run: Path, steps: int, say: Say) -> Path:
+    """The run of policy optimisation from a base, with the settings of `dsjax claims r1_zero`, taken to that step."""
     if _done(run) < steps:
         say(f"{run}: reinforcement learning to step {steps}")
-        begun = _done(run) > 0
-        config = load_config((run if begun else base) / "config.json")
-        config = replace(config, steps=steps) if begun else begin_with(config, "small", changes)
-        grpo.train(config, run, source=None if begun else base, explicit={"steps": steps}, quiet=True)
+        config = rl_model(load_config(base / "config.json"), steps)
+        source = None if (run / "checkpoints").exists() else base
+        grpo.train(config, run, source=source, explicit={"steps": steps}, quiet=True)
     return _whole(run, steps)
 
 
@@ -243,13 +224,13 @@ def _taught(
     return run / "student", teaching_flops(load_config(teacher / "config.json"), config, answers, N_BITS)
 
 
-def _alone(student: Path, run: Path, budget: float, say: Say, sizes: Sizes) -> tuple[Path, float]:
+def _alone(student: Path, run: Path, budget: float, say: Say) -> tuple[Path, float]:
     """The student after reinforcement learning until the budget is spent, and its FLOPs. As answers grow longer, steps
     cost more: their number is guessed, and corrected."""
-    config = replace(load_config(student / "config.json"), batch_size=sizes.rl_batch)
+    config = rl_model(load_config(student / "config.json"), 1)
     while (spent := rl_flops(run)) < budget:
-        last = _steps_flops(run)[-5:] or [step_flops(config, sizes.rl_batch * (N_BITS + 2), N_BITS)]
-        _reinforced(student, run, _done(run) + math.ceil((budget - spent) / np.mean(last)), say, sizes)
+        last = _steps_flops(run)[-5:] or [step_flops(config, config.batch_size * (N_BITS + 2), N_BITS)]
+        _reinforced(student, run, _done(run) + math.ceil((budget - spent) / np.mean(last)), say)
     return run, spent
 
 
@@ -289,15 +270,15 @@ def draw(result: dict[str, Any], path: Path) -> None:
             cost = row["flops"]["traces"] + row["flops"]["sft"]
             flops, accuracy = zip(*row["curve"])
             panel.plot(flops, accuracy, color=ORANGE, lw=1.6, label="reinforcement learning alone" if first else None)
-            start, end = row["before"]["sampled_accuracy"], row["taught"]["sampled_accuracy"]
+            start, end = row["before"]["accuracy"], row["taught"]["accuracy"]
             panel.plot([0, cost], [start, end], color=BLUE, lw=1, ls=":")
             panel.plot(cost, end, "o", color=BLUE, ms=8, label="taught by the teacher's answers" if first else None)
-        panel.axhline(result["teacher"]["sampled_accuracy"], color=INK, lw=1, ls="--", label="the teacher")
+        panel.axhline(result["teacher"]["accuracy"], color=INK, lw=1, ls="--", label="the teacher")
         panel.axhline(0.5, color=GREY, lw=1, label="a guess")
         panel.set(
             title=f"Parity of {N_BITS} held-out bits, after pre-training; a line or point a seed",
             xlabel="FLOPs, the teacher's sampling included and its training not",
-            ylabel="accuracy of sampled answers",
+            ylabel="accuracy of greedy answers",
             ylim=(0.4, 1.02),
             xlim=(0, None),
         )

@@ -6,7 +6,7 @@ import click
 
 from dsjax.cli.find import find_model, with_devices
 from dsjax.cli.verb import DEVICES, Verb
-from dsjax.config import ConfigError, load, override, show
+from dsjax.config import Config, ConfigError, load, override, save, show
 
 
 @click.command(
@@ -41,8 +41,8 @@ def grpo(
 ):
     """Train MODEL to give answers that earn rewards, sampled from itself in groups (DeepSeek-R1's GRPO).
 
-    MODEL is a run folder, or that of a GRPO run to go on with. The run folder is one like any other: `dsjax generate`,
-    `serve`, `report` and `eval --task` take it.
+    MODEL is a run folder, that of a GRPO run to go on with, or a Hub folder or name. What comes is a run folder like
+    any other: `dsjax generate`, `serve`, `report` and `eval --task` take it.
     """
     changes = with_devices(changes, devices)
     for name, value in (("grpo.task", task), ("grpo.style", style)):
@@ -52,24 +52,30 @@ def grpo(
     folder = find_model(source)
     from dsjax.hub.config import is_hub_folder
 
-    if is_hub_folder(folder):
-        raise ConfigError(f"{source}: a Hub folder; `dsjax convert import {source} runs/NAME` makes a run of it")
-    kept = load(folder / "config.json")
-    begun = run is None and kept.grpo is not None and task is None and recipe is None
-    run_folder = folder if begun else Path(run or f"runs/{folder.absolute().name}-grpo")
-    resumed = (run_folder / "checkpoints").exists() and (run_folder / "config.json").exists()
+    hub = is_hub_folder(folder)
+    kept = None if hub else load(folder / "config.json")
+    begun = run is None and kept is not None and kept.grpo is not None and task is None and recipe is None
+    name = source.partition("@")[0] if not Path(source).is_dir() else folder.absolute().name
+    run_folder = folder if begun else Path(run or f"runs/{Path(name).name}-grpo")
     from dsjax.posttrain import grpo as loop
-    from dsjax.posttrain.recipes import begin_with
+    from dsjax.train.checkpoint import has_checkpoint
     from dsjax.train.programs import keep_programs
 
-    if resumed:
-        config = load(run_folder / "config.json")
-        if config.grpo is None:
-            raise ConfigError(f"{run_folder}: holds a run of another kind; choose another --run")
-        config = override(config, changes)
-    else:
-        if "grpo.task" not in changes:
-            raise ConfigError("--task: missing; expected a .jsonl file of problems, gym:NAME, or parity:BITS")
-        config = begin_with(kept, recipe or "small", changes)
     keep_programs()
-    loop.train(config, run_folder, source=None if resumed else folder, explicit=changes, quiet=quiet)
+    if has_checkpoint(run_folder) and load(run_folder / "config.json").grpo is not None:
+        config = override(load(run_folder / "config.json"), changes)
+        return loop.train(config, run_folder, explicit=changes, quiet=quiet)
+    if has_checkpoint(run_folder) and not hub:
+        raise ConfigError(f"{run_folder}: holds a run of another kind; choose another --run")
+    if "grpo.task" not in changes:
+        raise ConfigError("--task: missing; expected a .jsonl file of problems, gym:NAME, or parity:BITS")
+    from dsjax.posttrain.recipes import begin_with
+    from dsjax.posttrain.sft import import_hub
+
+    if hub:
+        import_hub(folder, run_folder, Config(), quiet)
+        kept = load(run_folder / "config.json")
+    config = begin_with(kept, recipe or "small", changes)
+    if hub:
+        save(config, run_folder / "config.json")
+    return loop.train(config, run_folder, source=None if hub else folder, explicit=changes, quiet=quiet)

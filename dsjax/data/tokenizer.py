@@ -31,6 +31,7 @@ NAMES = {
 }
 SPECIAL_KEYS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")  # what a run folder may have
+TEXT_FILES = (*TOKENIZER_FILES, "chat_template.jinja")  # and what goes with the weights to a run that begins with them
 # A word with the one sign before it; up to three digits; signs with the spaces, or the line break and the indentation,
 # after them; blank lines with the indentation. Against GPT-2's and DeepSeek-V3's, on Python sources: 9 % fewer tokens.
 WORDS = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"

@@ -23,25 +23,23 @@ from dsjax.hub.chat import ChatTemplate
 from dsjax.hub.load import Loaded
 from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request
-from dsjax.posttrain import rows
+from dsjax.posttrain import rows, telling
 from dsjax.posttrain.evaluate import RIGHT, pass_at, powers
 from dsjax.posttrain.exact import ExactEngine
 from dsjax.posttrain.policy import Programs, objective_of
-from dsjax.posttrain.rollouts import Group, Rollouts
-from dsjax.posttrain.tasks import Task, begun, encode, open_task
+from dsjax.posttrain.rollouts import Group, Rollouts, judged
+from dsjax.posttrain.tasks import Task, begun, encode, open_task, total
 from dsjax.state import PolicyState
 from dsjax.train import phase
 from dsjax.train.checkpoint import Checkpoints, abstract_state
 from dsjax.train.folder import adopt, owned, run_tokenizer
 from dsjax.train.layout import device_mesh, devices
-from dsjax.train.loop import Journal, machine
+from dsjax.train.loop import Journal, layer_names, machine
 from dsjax.train.metrics import Recorder
 from dsjax.train.report import Report
 from dsjax.train.schedule import Schedule
 from dsjax.train.signals import Signals, Stopped
 from dsjax.train.step import start_state
-
-SHOWN = 4  # problems of an evaluation whose answers are kept as text
 
 
 def train(
@@ -58,7 +56,7 @@ def train(
     source: the run whose newest checkpoint a new one begins with. task: instead of the one that config.grpo.task names.
     SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises ConfigError for what the user can mend.
     """
-    run_folder, report, signals = Path(run_folder), Report(quiet), Signals()
+    run_folder, report, signals, started = Path(run_folder), Report(quiet), Signals(), time.time()
     devices()
     if jax.process_count() > 1:
         raise ConfigError(f"grpo: expected one process, there are {jax.process_count()}")
@@ -80,7 +78,7 @@ def train(
                 tell=lambda step, text: journal.tell(step, "checkpoint", text),
             )
             with jax.set_mesh(mesh), contextlib.closing(journal), checkpoints:
-                return Run(config, run_folder, mesh, tokenizer, task, checkpoints, journal, report, signals).go()
+                return Run(config, run_folder, mesh, tokenizer, task, checkpoints, journal, report, signals).go(started)
     except Stopped as stop:
         report.say(f"{stop}: ended before a step was taken; the same command starts again")
         return {}
@@ -116,8 +114,12 @@ class Run:
         self.objective = objective_of(config.grpo)
         self.temperature = jnp.float32(config.grpo.temperature)
 
-    def go(self) -> dict[str, Any]:
+    def go(self, started: float) -> dict[str, Any]:
+        """started: when this program did, in seconds, for the ledger of time."""
         config, report = self.config, self.report
+        self.problems = self.task.heldout()
+        report.table(telling.plan_rows(config, self.task, self.objective, self.mesh, len(self.problems)))
+        self.problems = self.problems[: config.grpo.eval_prompts]
         first, state, kept = self._start()
         engine = self._engine(state)
         n_groups = config.batch_size // config.grpo.group_size * config.grpo.updates
@@ -127,9 +129,14 @@ class Run:
         self.recorder, done = Recorder(self.folder, first), first
         if self.recorder.last("run") is None:
             title = f"{config.name}, {self.task.name}, {config.grpo.objective}"
-            self.recorder.write("run", first, {"title": title, "task": self.task.name, **machine()})
+            facts = {"task": self.task.name, "layers": layer_names(config.model), **machine()}
+            self.recorder.write("run", first, {"title": title, **facts})
         try:
-            self.journal.goodput.start(first, 0.0)
+            if first >= config.steps:
+                report.say(
+                    f"{first} of {config.steps} steps are done; --steps=N gives it more, --run=PATH a fresh start"
+                )
+            self.journal.goodput.start(first, time.time() - started)
             if first == 0 and self.recorder.last("eval") is None:
                 self._evaluate(0, engine, state)
             self.signals.patient = True
@@ -144,6 +151,7 @@ class Run:
                     with self.journal.goodput.span("checkpoint"):
                         self.checkpoints.save(done, state, {"rollouts": self.rollouts.state})
             self.checkpoints.wait()
+            self.recorder.draw(at_once=True)
         finally:
             self.rollouts.close()
             self.recorder.close()
@@ -151,6 +159,7 @@ class Run:
             self.journal.goodput.interval(done, "end")
         if done < config.steps:
             report.say(f"{self.signals.name}: saved at step {done}; the same command goes on from there")
+        report.table(telling.farewell_rows(config, self.folder, self.checkpoints.latest()))
         last = self.recorder.last("eval") or {}
         return {name: value for name, value in last.items() if name not in ("kind", "time")}
 
@@ -204,7 +213,8 @@ class Run:
         if len(tokens) + self.config.grpo.max_tokens > self.config.seq_len:
             raise ConfigError(
                 f"seq_len={self.config.seq_len}: a prompt of {len(tokens)} tokens and an answer of "
-                f"grpo.max_tokens={self.config.grpo.max_tokens} do not fit"
+                f"grpo.max_tokens={self.config.grpo.max_tokens} do not fit; expected "
+                f"--seq-len={len(tokens) + self.config.grpo.max_tokens} or more, or shorter prompts"
             )
         return tokens
 
@@ -226,12 +236,15 @@ class Run:
         groups, replaced = self._groups(done, state)
         sampled = time.perf_counter()
         self.numbers = self._measure(groups) | {"resampled": replaced}
-        per_step = config.batch_size // grpo.group_size
+        per_step, apart = config.batch_size // grpo.group_size, {}
         for update in range(grpo.updates):
             mine = groups[update * per_step : (update + 1) * per_step]
             state, said = self._learn(done, done + update, mine, state)
+            apart = apart or {
+                name: said[name] for name in ("gap", "gap_max")
+            }  # later the weights are not the sampler's
         seconds = {"sample_s": sampled - began, "learn_s": time.perf_counter() - sampled}
-        return state, {**self.numbers, **said, **seconds}
+        return state, {**self.numbers, **said, **apart, **seconds}
 
     def _groups(self, done: int, state: PolicyState) -> tuple[list[Group], int]:
         """The round's groups; of those without spread, as many as may be are replaced by new ones."""
@@ -334,44 +347,31 @@ class Run:
     def _log(self, done: int, said: dict[str, Any]) -> None:
         spent = self.journal.goodput.interval(done)
         row = self.recorder.write("train", done, {**said, "seconds": spent})
-        parts = [f"{n} {row[f'reward_{n}']:.3f}" for n in self.task.weights]
-        inner = f" ({', '.join(parts)})" if len(parts) > 1 else ""
-        cut = f", {row['truncated']:.0%} cut off" if row["truncated"] else ""
-        self.report.say(
-            f"step {done}/{self.config.steps}: reward {row['reward']:.3f}{inner}, {row['length']:.1f} tokens{cut}, "
-            f"entropy {row['entropy']:.3f}, KL {row['kl']:.2g}, {row['zero_spread']:.0%} of groups without spread, "
-            f"sampler and trainer {row['gap']:.1e} apart (most {row['gap_max']:.1e}), {row['sample_s']:.1f} s sampling "
-            f"and {row['learn_s']:.1f} s learning"
-        )
+        self.report.say(telling.step_line(row, self.config.steps, self.task.weights))
 
     def _evaluate(self, done: int, engine: Engine, state: PolicyState) -> None:
         """pass@1 to pass@k on held-out problems, and some of the answers as text."""
-        grpo = self.config.grpo
-        problems = self.task.heldout()[: grpo.eval_prompts]
+        grpo, problems, weights = self.config.grpo, self.problems, self.task.weights
         if not problems:
             return
         with self.journal.goodput.span("eval"):
             engine.renew(state.model, state.router_bias)
             texts, lengths, n_cut = self._answers(engine, problems)
             flat = [text for of_one in texts for text in of_one]
-            asked = [problem for problem in problems for _ in range(grpo.eval_samples)]
-            parts = self.task.judge(asked, flat)
-            right = [all(p[name] >= 1 for name in RIGHT if name in p) for p in parts]
-            solved = np.array(right).reshape(len(problems), -1).sum(axis=1)
-            ks = powers(grpo.eval_samples)
+            parts = judged(self.task, [problem for problem in problems for _ in range(grpo.eval_samples)], flat)
             row = {
-                **{f"pass_{k}": float(np.mean([pass_at(k, grpo.eval_samples, int(n)) for n in solved])) for k in ks},
-                **{f"heldout_{name}": _mean_of(parts, name) for name in self.task.weights},
+                **_passed(parts, grpo.eval_samples),
+                "heldout_reward": float(np.mean([total(p, weights) for p in parts])),
+                **{f"heldout_{name}": _mean_of(parts, name) for name in weights},
                 "heldout_length": float(np.mean(lengths)),
                 "heldout_truncated": n_cut / len(flat),
             }
-            self.recorder.write("eval", done, row)
-            self._keep_samples(done, problems, texts, parts)
-        passed = ", ".join(f"pass@{k} {row[f'pass_{k}']:.3f}" for k in ks)
-        self.report.say(
-            f"step {done}: held out {passed}, {row['heldout_length']:.1f} tokens; {problems[0].prompt!r} -> "
-            f"{texts[0][0]!r}"
-        )
+            row = self.recorder.write("eval", done, row)
+            (self.folder / "samples").mkdir(exist_ok=True)
+            text = telling.samples_text(problems, texts, parts)
+            write_text(self.folder / "samples" / f"step-{done:06}.txt", text)
+            self.recorder.draw()
+        self.report.say(telling.evaluation_line(row, problems[0], texts[0][0]))
 
     def _answers(self, engine: Engine, problems) -> tuple[list[list[str]], list[int], int]:
         """Texts of every problem, lengths of all, and how many were cut off."""
@@ -397,16 +397,14 @@ class Run:
         texts = [begun(problems[i // k], self._template, grpo.style) + text for i, text in enumerate(texts)]
         return [texts[i : i + k] for i in range(0, len(texts), k)], list(map(len, tokens)), reasons.count("length")
 
-    def _keep_samples(self, done: int, problems, texts, parts) -> None:
-        """samples/step-N.txt: the first problems, what was said to each, and what it was worth."""
-        k, lines = self.config.grpo.eval_samples, []
-        for n, problem in enumerate(problems[:SHOWN]):
-            lines += [f"# problem {n + 1}, expected {problem.answer!r}", str(problem.prompt), ""]
-            for j in range(k):
-                worth = ", ".join(f"{name} {value:g}" for name, value in parts[n * k + j].items())
-                lines += [f"## answer {j + 1}: {worth}", texts[n][j], ""]
-        (self.folder / "samples").mkdir(exist_ok=True)
-        write_text(self.folder / "samples" / f"step-{done:06}.txt", "\n".join(lines))
+
+def _passed(parts: list[dict[str, float]], n_samples: int) -> dict[str, float]:
+    """pass@1 to pass@n_samples; nothing where no reward says whether an answer is right."""
+    if not all(set(p) & set(RIGHT) for p in parts):
+        return {}
+    right = [all(p[name] >= 1 for name in RIGHT if name in p) for p in parts]
+    solved = np.array(right).reshape(-1, n_samples).sum(axis=1)
+    return {f"pass_{k}": float(np.mean([pass_at(k, n_samples, int(n)) for n in solved])) for k in powers(n_samples)}
 
 
 def _mean_of(parts: list[dict[str, float]], name: str) -> float:

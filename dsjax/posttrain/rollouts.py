@@ -1,8 +1,8 @@
 """Answers to learn from, sampled by the engine from the weights as they are, in groups of one prompt each.
 
 With grpo.max_staleness groups are begun before they are needed, and go on while the policy learns: a long answer does
-not hold up the others. Every token keeps the step whose weights sampled it. What is in the cache is never of older
-weights: an answer that goes on under new ones is read again.
+not hold up the others. It counts rounds, of grpo.updates steps each. Every token keeps the step whose weights sampled
+it. What is in the cache is never of older weights: an answer that goes on under new ones is read again.
 """
 
 import base64
@@ -14,13 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from dsjax.config import GrpoConfig
+from dsjax.config import ConfigError, GrpoConfig
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request, Sampled
 from dsjax.model.transformer import DeepSeek
 from dsjax.posttrain.tasks import Problem, Task, total
 from dsjax.state import RouterBias
+
+# What answers that are under way hang on: where a run goes on with another value, they are begun anew.
+_SETTINGS = ("style", "group_size", "updates", "temperature", "max_tokens", "max_staleness", "replay", "exact")
 
 
 @dataclass(eq=False)
@@ -39,7 +42,7 @@ class Group:
     """A prompt and its answers."""
 
     number: int  # of the problem
-    begun: int  # the step whose weights its first token is of
+    begun: int  # the step before which it began
     problem: Problem
     prompt: list[int]
     answers: list[Answer]
@@ -76,6 +79,7 @@ class Rollouts:
         self.next = 0  # the number of the next problem
         self.groups: list[Group] = []  # begun and not yet taken, the oldest first
         self.version = 0
+        self.asked: list[int] = []  # ids of the requests since the weights are new
         self.records = grpo.replay and not grpo.exact
         self.judges = ThreadPoolExecutor(1, "judge")
         if state is not None:
@@ -112,11 +116,15 @@ class Rollouts:
     @property
     def state(self) -> dict[str, Any]:
         """In plain values."""
-        return {"next": self.next, "groups": [_plain(group) for group in self.groups]}
+        return {"next": self.next, "settings": self._settings, "groups": [_plain(group) for group in self.groups]}
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self.grpo, name) for name in _SETTINGS}
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.next = state["next"]
-        for kept in state["groups"]:
+        for kept in state["groups"] if state["settings"] == self._settings else ():
             problem = self.task.problem(kept["number"])
             group = Group(kept["number"], kept["begun"], problem, self.encode(problem), [])
             group.prompt_experts = _array(kept["prompt_experts"])
@@ -169,13 +177,14 @@ class Rollouts:
             tell=tell,
             done=done,
         )
+        self.asked.append(request.id)
         self.engine.submit(request)
 
     def _judge(self, group: Group) -> None:
         """Begins to judge a group that is done, beside the sampling of others."""
         if group.done:
             texts = [self.begun(group.problem) + self.text(answer) for answer in group.answers]
-            group.parts = self.judges.submit(self.task.judge, [group.problem] * len(texts), texts)
+            group.parts = self.judges.submit(judged, self.task, [group.problem] * len(texts), texts)
 
     def text(self, answer: Answer) -> str:
         """Without the token that ended it."""
@@ -185,24 +194,43 @@ class Rollouts:
     def _choose(self) -> list[Group]:
         """n_groups that are done, the oldest of them, if no group gets staler than allowed without them; else none.
 
-        The groups begun by a step must all be taken max_staleness steps later, n_groups a step.
+        The groups begun by a round must all be taken max_staleness rounds later, n_groups a round.
         """
         ready = [group for group in self.groups if group.done]
         if len(ready) < self.n_groups:
             return []
         ready = ready[: self.n_groups]
-        begun = [group.begun for group in self.groups if group not in ready]
+        ages = [(self.version - g.begun) // self.grpo.updates for g in self.groups if g not in ready]
         for ahead in range(self.grpo.max_staleness + 1):
-            due = sum(b + self.grpo.max_staleness <= self.version + ahead for b in begun)
+            due = sum(age + ahead >= self.grpo.max_staleness for age in ages)
             if due > self.n_groups * ahead:
                 return []
         return ready
 
     def _break_off(self) -> None:
         """Answers that are not done leave the engine; what they have said stays."""
-        for request in (*self.engine.running, *self.engine.waiting):
-            self.engine.cancel(request.id)
+        for id in self.asked:
+            self.engine.cancel(id)
+        self.asked.clear()
         self.engine.run()
+
+
+def judged(task: Task, problems: list[Problem], texts: list[str]) -> list[dict[str, float]]:
+    """What the task says that the texts are worth. Raises ConfigError for what cannot be learned from."""
+    try:
+        found = task.judge(problems, texts)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a task that we do not know raises ends the run, in its name
+        raise ConfigError(f"{task.name}: judging failed: {type(error).__name__}: {error}") from error
+    if len(found) != len(texts):
+        raise ConfigError(
+            f"{task.name}: expected {len(texts)} judgements of {len(texts)} answers, and got {len(found)}"
+        )
+    if other := {name for parts in found for name in parts} - set(task.weights):
+        known = ", ".join(task.weights)
+        raise ConfigError(f"{task.name}: judged by {', '.join(sorted(other))}, which has no weight; expected {known}")
+    return found
 
 
 def _plain(group: Group) -> dict[str, Any]:

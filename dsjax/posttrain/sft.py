@@ -112,7 +112,7 @@ def sft(
     hub = is_hub_folder(source)
     if hub:
         start = override(Config(), {name: value for name, value in changes.items() if name.startswith("distributed.")})
-        _import(source, run_folder, start, options.get("quiet", False))
+        import_hub(source, run_folder, start, options.get("quiet", False))
     base = configuration.load((run_folder if hub else source) / "config.json")
     tuned = override(base, settings(base, chosen) | {"data.learn": "assistant"} | given | changes)
     tuned = replace(tuned, name=base.name if base.name.endswith("-sft") else f"{base.name}-sft")
@@ -206,7 +206,7 @@ def _go_on(source, run_folder, given, typed, recipe_epochs, epochs, template, op
     return loop.train(override(config, typed), run_folder, source=began, explicit=typed, **options)
 
 
-def _import(source: Path, run_folder: Path, start: Config, quiet: bool) -> None:
+def import_hub(source: Path, run_folder: Path, start: Config, quiet: bool) -> None:
     """The weights of a Hub folder as the run's checkpoint 0, unless they are there."""
 
     def make(first: bool) -> None:

@@ -8,12 +8,17 @@ from dsjax.train.lines import number
 
 LOG_FROM = 50  # highest over lowest, from which an axis is logarithmic
 _IF_ANY = ("mtp_weight", "balance_loss", "skipped", "overflow", "bias_update_speed")  # not shown where all are zero
+_IF_ANY += ("clipped", "left_out", "kl", "resampled", "staleness", "truncated")
+_PARTS = ("orange", "green", "violet", "cyan", "gold", "brick")  # of a reward
+_PASSES = ("ink", "blue", "green", "gold", "orange", "brick", "grey")  # pass@1, pass@2, pass@4, ...
 _DEPTHS = ("orange", "gold", "brick")  # of MTP
 
 
 def charts(digest: Digest, config: Config | None) -> list[dict[str, Any]]:
     """Charts in the order of the page, each with its series (x: "train" or "eval", y, and lo, hi of thinned ones)."""
+    rewarded = digest.rewards() is not None
     small = [
+        *(_policy(digest) if rewarded else []),
         _chart("grad_norm", "Gradient norm", "before clipping", [_train(digest, "grad_norm", "norm")]),
         _chart(
             "learning_rate", "Learning rate", "", [_train(digest, "learning_rate", "rate", smooth=False)], zero=True
@@ -38,12 +43,82 @@ def charts(digest: Digest, config: Config | None) -> list[dict[str, Any]]:
     ]
     kept = [chart for chart in small if chart["series"] and not (chart["id"] in _IF_ANY and _all_zero(chart))]
     for chart in kept:
+        if chart["id"] == "gap":
+            chart["log"] = not _all_zero(chart)
         if chart["id"] == "grad_norm":
             chart["log"] = _spread(chart) > LOG_FROM
             if config is not None:
                 chart["lines"] = [{"name": "clipped at", "color": "orange", "value": config.optimizer.clip_norm}]
+    if rewarded:
+        return [_reward(digest), _passed(digest), *kept]
     in_bits = not digest.held or any("heldout_bpb" in row for row in digest.held)  # conversations are not
     return [_loss(digest), *([_bits(digest)] if in_bits else []), *kept]
+
+
+def _reward(digest: Digest) -> dict[str, Any]:
+    """Of the answers that were learned from, and of held-out ones."""
+    parts = digest.rewards()
+    series = [
+        _series(name, _PARTS[k % len(_PARTS)], "train", digest.curve(f"reward_{name}"), smooth=True)
+        for k, name in enumerate(parts if len(parts) > 1 else [])
+    ]
+    series += [
+        _train(digest, "reward", "mean reward"),
+        _series("held out", "ink", "eval", digest.held_curve("heldout_reward"), dots=True),
+    ]
+    unit = "of an answer" if len(parts) < 2 else "of an answer, and its parts before their weights"
+    return _chart("reward", "Reward", unit, series) | {"big": True, "empty": "no steps yet"}
+
+
+def _passed(digest: Digest) -> dict[str, Any]:
+    names = digest.passes()
+    series = [
+        _series(f"pass@{name[5:]}", _PASSES[k % len(_PASSES)], "eval", digest.held_curve(name), dots=True)
+        for k, name in enumerate(names)
+    ]
+    chart = _chart("passed", "Held-out problems", "share solved", series, zero=True)
+    return chart | {"big": True, "empty": "no reward says what is right" if digest.held else "no evaluation yet"}
+
+
+def _policy(digest: Digest) -> list[dict[str, Any]]:
+    """What policy optimisation watches besides."""
+
+    def one(id_, title, unit, *lines, zero=True):
+        series = [
+            _series(name, color, "eval" if key.startswith("heldout") else "train", values, **look)
+            for key, name, color in lines
+            for values in [digest.held_curve(key) if key.startswith("heldout") else digest.curve(key)]
+            for look in [{"dots": True} if key.startswith("heldout") else {"smooth": True}]
+        ]
+        return _chart(id_, title, unit, series, zero=zero)
+
+    return [
+        one(
+            "length", "Length of answers", "tokens",
+            ("length", "mean", "blue"), ("length_max", "longest", "gold"), ("heldout_length", "held out", "ink"),
+        ),
+        one(
+            "truncated", "Cut off", "share of answers",
+            ("truncated", "learned from", "blue"), ("heldout_truncated", "held out", "ink"),
+        ),
+        one("entropy", "Entropy", "nats a token", ("entropy", "entropy", "blue")),
+        one("kl", "KL to the reference", "nats a token, k3", ("kl", "KL", "blue")),
+        one("zero_spread", "Groups without spread", "share; nothing is learned from them", ("zero_spread", "share", "blue")),
+        one("resampled", "Groups replaced", "a round", ("resampled", "groups", "blue")),
+        one(
+            "gap", "Sampler and trainer apart", "nats, of a token's log-probability",
+            ("gap_max", "most", "gold"), ("gap", "mean", "blue"), zero=False,
+        ),
+        one("clipped", "Clipped", "share of tokens without gradient", ("clipped", "share", "blue")),
+        one("left_out", "Left out", "share of tokens, of bad answers too far from the policy", ("left_out", "share", "blue")),
+        one("staleness", "Staleness", "steps between a token's weights and those that learn", ("staleness", "mean", "blue")),
+        one(
+            "seconds", "Time", "seconds a round",
+            ("sample_s", "sampling", "green"), ("learn_s", "learning", "blue"),
+        ),
+        one("answer_tokens", "Answers", "tokens a round", ("answer_tokens", "tokens", "blue")),
+        one("policy_loss", "Loss", "of the policy", ("loss", "loss", "blue"), zero=False),
+    ]  # fmt: skip
 
 
 def _loss(digest: Digest) -> dict[str, Any]:

@@ -66,6 +66,18 @@ class Digest:
         both = (("train", self.train, self.bins), ("eval", self.held, self.held_bins))
         return {kind: [int(rows[b.stop - 1]["step"]) for b in bins] for kind, rows, bins in both}
 
+    def rewards(self) -> list[str] | None:
+        """The parts of the reward, if the rows are of policy optimisation."""
+        if not any("reward" in row for row in self.train) and not any("heldout_reward" in row for row in self.held):
+            return None
+        names = [name for row in self.train[-1:] for name in row if name.startswith("reward_")]
+        return [name.removeprefix("reward_") for name in names]
+
+    def passes(self) -> list[str]:
+        """pass_1, pass_2, pass_4 and so on, as far as they were measured."""
+        names = {name for row in self.held for name in row if name.startswith("pass_") and name[5:].isdecimal()}
+        return sorted(names, key=lambda name: int(name[5:]))
+
     def depth(self) -> int:
         return self._width("mtp_loss")
 

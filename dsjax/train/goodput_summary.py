@@ -16,6 +16,7 @@ from dsjax.train.lines import number, read_lines
 WRITTEN = ("step", "sample", "compile", "input", "checkpoint", "eval", "check", "rollback", "restart")
 DERIVED = ("lost", "idle", "other")
 CATEGORIES = (*WRITTEN, *DERIVED)
+COUNTED = ("step", "sample")  # what a run is for; done again, it was lost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,9 @@ def summed(spans: Iterable[Span]) -> dict[str, float]:
 
 
 def goodput(seconds: dict[str, float]) -> float | None:
-    """The part of the wall time that went into steps that count; None if no time has passed."""
+    """The part of the wall time that went into steps that count, and into sampling for them; None if none has passed."""
     total = sum(seconds.values())
-    return seconds["step"] / total if total > 0 else None
+    return sum(seconds[name] for name in COUNTED) / total if total > 0 else None
 
 
 def timeline(rows: Iterable[dict[str, Any]]) -> list[Span]:
@@ -129,15 +130,15 @@ def _filled(span: Span) -> Span:
 
 
 def _without_lost(spans: list[Span]) -> list[Span]:
-    """Seconds of steps that a later span took again become `lost`, in proportion to the steps."""
+    """Seconds of steps, and of sampling for them, that a later span took again become `lost`, in proportion to the steps."""
     kept, again = [], float("inf")  # the step from which later spans took steps again
     for span in reversed(spans):
         steps, redone = span.last - span.first, span.last - max(span.first, again)
         part = max(0.0, redone / steps) if steps else float(again < span.last)
-        if part and "step" in span.seconds:
-            lost = part * span.seconds["step"]
-            seconds = {**span.seconds, "step": span.seconds["step"] - lost, "lost": lost}
-            span = dataclasses.replace(span, seconds=seconds)
+        if part and (counted := {name: span.seconds[name] for name in COUNTED if name in span.seconds}):
+            left = {name: (1 - part) * value for name, value in counted.items()}
+            lost = sum(counted.values()) - sum(left.values())
+            span = dataclasses.replace(span, seconds={**span.seconds, **left, "lost": lost})
         kept.append(span)
         again = min(again, span.first)
     return kept[::-1]

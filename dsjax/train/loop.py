@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsjax.config import Config, ConfigError, more_room, replace
+from dsjax.config import Config, ConfigError, ModelConfig, more_room, replace
 from dsjax.data.pipeline import Corpus, batches, load_corpus, train_rows
 from dsjax.state import Batch, Metrics, TrainState
 from dsjax.train import phase, processes
@@ -219,9 +219,7 @@ class Run:
         """Keeps the facts with the run. Raises ConfigError if they are not those that it began with."""
         facts, run = self.corpus.facts, self.recorder.last("run")
         if run is None:
-            m = self.config.model
-            layers = [f"layer {k}" for k in range(m.first_k_dense_replace + 1, m.num_hidden_layers + 1)]
-            layers += [f"MTP {k + 1}" for k in range(m.num_nextn_predict_layers)]
+            layers = layer_names(self.config.model)
             title = f"{self.config.name}, {', '.join(facts['sources'])}, sha256 {facts['sha256'][:12]}"
             self.recorder.write("run", first, {"title": title, "layers": layers, "facts": facts, **machine()})
             return
@@ -550,6 +548,12 @@ class Run:
             seed=self.config.seed,
         )
         self.report.sample(step, shown, "".join(pieces))
+
+
+def layer_names(m: ModelConfig) -> list[str]:
+    """Of the layers with experts."""
+    layers = [f"layer {k}" for k in range(m.first_k_dense_replace + 1, m.num_hidden_layers + 1)]
+    return layers + [f"MTP {k + 1}" for k in range(m.num_nextn_predict_layers)]
 
 
 def machine() -> dict[str, Any]:

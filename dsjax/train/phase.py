@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from dsjax import config as configuration
 from dsjax.config import Config, ConfigError, replace, show
-from dsjax.data.tokenizer import TOKENIZER_FILES
+from dsjax.data.tokenizer import TEXT_FILES
 from dsjax.files import write_json
 from dsjax.state import TrainState
 from dsjax.train.checkpoint import Checkpoints, abstract_state, has_checkpoint, newest_step
@@ -89,7 +89,7 @@ def _take_over(source: Path, run_folder: Path, weights_alone: bool) -> None:
         raise ConfigError(f"--from={source}: tokenizer.json is missing; `dsjax train {source}` makes it again")
     with _not_in_training(source):
         found = Origin(str(source.absolute()), newest_step(source), weights_alone)
-        for name in TOKENIZER_FILES:
+        for name in TEXT_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, run_folder / name)
     write_json(run_folder / _FILE, asdict(found))

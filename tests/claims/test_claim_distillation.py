@@ -67,7 +67,7 @@ def test_the_student_alone_learns_until_as_much_is_spent(tmp_path, monkeypatch):
     student.mkdir(), run.mkdir()
     save(replace(STUDENT, batch_size=256), student / "config.json")
 
-    def reinforced(base, run, steps, say, sizes):
+    def reinforced(base, run, steps, say):
         asked.append(steps)
         save(replace(STUDENT, batch_size=256), run / "config.json")
         rows = [{"kind": "train", "step": n, "answer_tokens": 256 * (2 + n // 2)} for n in range(1, steps + 1)]
@@ -75,9 +75,9 @@ def test_the_student_alone_learns_until_as_much_is_spent(tmp_path, monkeypatch):
 
     monkeypatch.setattr(claim, "_reinforced", reinforced)
     budget = 40 * claim.step_flops(replace(STUDENT, batch_size=256), 256 * 12, 24)
-    _, spent = claim._alone(student, run, budget, print, claim.Sizes())
+    _, spent = claim._alone(student, run, budget, print)
     assert budget <= spent < 1.05 * budget and 1 < len(asked) < 6
-    assert claim._alone(student, run, budget, print, claim.Sizes())[1] == spent  # it is there
+    assert claim._alone(student, run, budget, print)[1] == spent  # it is there
     assert claim.rl_flops(tmp_path / "none") == 0
 
 
@@ -89,7 +89,7 @@ def test_the_student_is_the_smaller():
 @pytest.mark.slow
 def test_all_of_it_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:1])
-    sizes = claim.Sizes(base_steps=80, teacher_steps=2, problems=96, samples=2, epochs=2, rl_batch=64, asked=8)
+    sizes = claim.Sizes(base_steps=80, teacher_steps=2, problems=96, samples=2, epochs=2, asked=8)
     monkeypatch.setattr(claim.test, "__defaults__", (sizes,))
     out = str(tmp_path / "out")
     result = CliRunner().invoke(cli, ["claims", "distillation", "--seeds", "1", "--out", out, "--json"])
