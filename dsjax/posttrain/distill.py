@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsjax.config import Config, ConfigError, EngineConfig, show
+import jax
+
+from dsjax.config import Config, ConfigError, EngineConfig, override, show
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.files import read_json, write_json, write_text
 from dsjax.hub.chat import TEMPLATE
@@ -27,6 +29,7 @@ from dsjax.posttrain.sft import sft
 from dsjax.posttrain.tasks import Task
 from dsjax.posttrain.teacher import check_tokenizer, put_logits
 from dsjax.posttrain.traces import write_traces
+from dsjax.train import processes
 from dsjax.train.checkpoint import newest_step
 
 RECIPE = "distill"
@@ -75,6 +78,13 @@ def distill(
     ConfigError for what the user can mend, as for a folder with other answers.
     """
     teacher, student, run_folder = Path(teacher), Path(student), Path(run_folder)
+    changes = {name.replace("-", "_"): value for name, value in (changes or {}).items()}
+    here = override(Config(), {name: value for name, value in changes.items() if name.startswith("distributed.")})
+    processes.start(here.distributed)
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"distill: expected one process, there are {jax.process_count()}; `dsjax sft` takes traces to several"
+        )
     if logits:
         check_tokenizer(Tokenizer.load(teacher), Tokenizer.load(student), logits)
     once = _Once(teacher, dtype, say, not quiet)
@@ -94,7 +104,7 @@ def distill(
         epochs=epochs,
         template=_template(teacher, student, traces.style, path.parent),
         teach=teach,
-        changes=settings | dict(changes or {}),
+        changes=settings | changes,
         quiet=quiet,
         **options,
     )
