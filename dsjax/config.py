@@ -237,6 +237,12 @@ class DataConfig:
         "text",
         description="all tokens of documents, or of conversations (`dsjax sft`) the assistant's or its last turn's",
     )
+    teacher_top_k: int = Field(
+        0, ge=0, description="next tokens likeliest to a teacher that are kept of each place (`dsjax distill --logits`)"
+    )
+    teacher_weight: float = Field(
+        0.5, ge=0, le=1, description="of the loss that is to the teacher's probabilities; the rest is to the text"
+    )
     heldout_fraction: float = Field(0.02, gt=0, lt=1, description="part of the documents kept for evaluation")
     fim_rate: float = Field(0.0, ge=0, le=1, description="part of the documents turned to prefix-suffix-middle")
     packing: Literal["concat", "best_fit"] = Field("concat", description="cut documents at row ends, or fit whole ones")

@@ -17,6 +17,8 @@ class Batch:
     segment_ids: jax.Array  # [B, T] int32, 1, 2, ... within a row
     positions: jax.Array  # [B, T] int32
     learned: jax.Array | None = None  # [B, T] bool, tokens that the model is to predict; None: all
+    teacher_ids: jax.Array | None = None  # [B, T, K] int32, the next tokens that are likeliest to a teacher
+    teacher_probs: jax.Array | None = None  # [B, T, K] float32, their probabilities; 0 where none are known
 
 
 @struct.dataclass

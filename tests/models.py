@@ -149,8 +149,8 @@ def chosen_experts(model: DeepSeek, bias: RouterBias, batch: Batch, compute: Com
 
 def micro_batches(batch: Batch, n: int) -> Batch:
     """[B, T] cut to [n, B / n, T]. Under a mesh."""
-    cut = jax.tree.map(lambda a: np.asarray(a).reshape(n, -1, a.shape[1]), batch)
-    return jax.tree.map(lambda a: jax.device_put(a, spec(None, "batch", "seq")), cut)
+    cut = jax.tree.map(lambda a: np.asarray(a).reshape(n, -1, *a.shape[1:]), batch)
+    return jax.tree.map(lambda a: jax.device_put(a, spec(None, "batch", "seq", *(None,) * (a.ndim - 3))), cut)
 
 
 def knobs(**changes) -> dict[str, jax.Array]:

@@ -27,6 +27,7 @@ FLOORS["dsjax.model"] = (*FLOORS["dsjax.nn"], "dsjax.nn", "dsjax.state")
 MODEL = (*FLOORS["dsjax.model"], "dsjax.model", "dsjax.files")
 FLOORS |= {f"dsjax.{room}": MODEL for room in ("train", "infer", "data", "plan", "hub")}
 FLOORS["dsjax.claims"] = ("dsjax.config", "dsjax.files", "dsjax.data", "dsjax.hub", "dsjax.infer", "dsjax.train")
+FLOORS["dsjax.claims"] += ("dsjax.posttrain", "dsjax.plan")
 FLOORS["dsjax.posttrain"] = (*MODEL, "dsjax.infer", "dsjax.train")
 # What rooms that stand beside each other have opened to one another.
 DOORS = {

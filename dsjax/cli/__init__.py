@@ -13,6 +13,7 @@ from dsjax import __version__
 from dsjax.cli.claims import claims
 from dsjax.cli.convert import convert
 from dsjax.cli.data import data
+from dsjax.cli.distill import distill
 from dsjax.cli.evaluate import evaluate
 from dsjax.cli.grpo import grpo
 from dsjax.cli.model import generate
@@ -44,6 +45,7 @@ for command in (
     train,
     sft,
     grpo,
+    distill,
     generate,
     serve,
     presets,

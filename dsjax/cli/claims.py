@@ -123,6 +123,35 @@ def claims_r1_zero(seeds: int, rl_steps: int, out: str | None, as_json: bool, ch
         sys.exit(1)
 
 
+@claims.command(
+    "distillation",
+    short_help="A larger model's answers teach more than rewards.",
+    options_metavar="[--seeds N] [--out FOLDER] [--json]",
+    epilog="""\b
+Example:
+  dsjax claims distillation --seeds 5""",
+)
+@click.option("--seeds", type=POSITIVE, default=3, show_default=True, help="Students.")
+@click.option("--out", metavar="FOLDER", help="Runs, claim.json and claim.png.  [default: runs/claims-distillation]")
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
+def claims_distillation(seeds: int, out: str | None, as_json: bool):
+    """Teach small models by the answers of a larger one that reasons, and leave them to reinforcement learning for as
+    much compute, on the parity of 24 bits.
+
+    The claim holds if in two seeds of three the taught model is 10 points of accuracy ahead. About ten minutes on two
+    cores. A stopped command goes on where it was.
+    """
+    from dsjax.claims import distillation
+    from dsjax.train.programs import keep_programs
+
+    keep_programs()
+    folder = Path(out) if out is not None else Path("runs") / "claims-distillation"
+    result = distillation.test(folder, seeds, note)
+    _answer(result, distillation.table(result), folder, as_json)
+    if not result["holds"]:
+        sys.exit(1)
+
+
 def _answer(result: dict[str, Any], table: tuple[list[str], list[tuple]], folder: Path, as_json: bool) -> None:
     """What a claim has come to: as JSON, or its table and a line."""
     if as_json:

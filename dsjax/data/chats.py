@@ -5,7 +5,7 @@
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from dsjax.config import ConfigError, DataConfig
 from dsjax.data.corpus import Corpus, read_facts, write_facts
 from dsjax.data.documents import TokenizedDocuments
 from dsjax.data.tokenizer import Tokenizer, check_vocabulary
-from dsjax.files import replacing
+from dsjax.files import read_json, replacing
 
 PARTS = ("train", "heldout")
 _FILES = tuple(f"{part}.{kind}" for part in PARTS for kind in ("tokens", "learned", "lengths.npy", "weights.npy"))
@@ -74,13 +74,33 @@ def load_chats(config: DataConfig, vocab_size: int, folder: Path) -> Corpus:
         )
     tokenizer = Tokenizer.load(folder)
     check_vocabulary(str(folder / "tokenizer.json"), vocab_size, tokenizer)
-    train, heldout = (
-        TokenizedDocuments(
-            np.memmap(folder / "data" / f"{part}.tokens", np.int32, "r"),
-            np.load(folder / "data" / f"{part}.lengths.npy"),
-            np.load(folder / "data" / f"{part}.weights.npy"),
-            np.memmap(folder / "data" / f"{part}.learned", bool, "r"),
-        )
-        for part in PARTS
-    )
+    train, heldout = (read_part(folder / "data", part) for part in PARTS)
+    if config.teacher_top_k:
+        train = replace(train, teacher=_load_teacher(folder / "data", config.teacher_top_k))
     return Corpus(tokenizer, train, heldout, b"", facts)
+
+
+def read_part(folder: Path, part: str) -> TokenizedDocuments:
+    """The conversations of one part of a run's data/."""
+    return TokenizedDocuments(
+        np.memmap(folder / f"{part}.tokens", np.int32, "r"),
+        np.load(folder / f"{part}.lengths.npy"),
+        np.load(folder / f"{part}.weights.npy"),
+        np.memmap(folder / f"{part}.learned", bool, "r"),
+    )
+
+
+def teacher_files(folder: Path) -> tuple[Path, Path, Path]:
+    """Ids and probabilities, [learned tokens of training, K] int32 and float32, and what they are of."""
+    return folder / "train.teacher_ids", folder / "train.teacher_probs", folder / "teacher.json"
+
+
+def _load_teacher(folder: Path, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    ids, probs, said = teacher_files(folder)
+    facts = read_json(said)
+    if facts.get("top_k") != top_k or facts.get("conversations") != read_json(folder / "facts.json")["fingerprint"]:
+        raise ConfigError(
+            f"data.teacher_top_k={top_k}: {folder} has no teacher's probabilities of that number of tokens; "
+            "`dsjax distill --logits` puts them there"
+        )
+    return tuple(np.memmap(path, kind, "r").reshape(-1, top_k) for path, kind in ((ids, np.int32), (probs, np.float32)))

@@ -24,9 +24,13 @@ class TokenizedDocuments:
     lengths: np.ndarray  # [documents] int64
     weights: np.ndarray  # [documents] float64, times a document occurs in an epoch on average
     learned: np.ndarray | None = None  # [N] bool, of conversations
+    teacher: tuple[np.ndarray, np.ndarray] | None = None  # of learned tokens in order: [M, K] ids, [M, K] probabilities
 
     def __post_init__(self):
         object.__setattr__(self, "ends", np.cumsum(self.lengths))
+        if self.teacher is not None:
+            marks = np.concatenate([[0], np.cumsum(self.learned)])
+            object.__setattr__(self, "learned_before", marks[self.ends - self.lengths])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -36,6 +40,16 @@ class TokenizedDocuments:
 
     def learned_of(self, i: int) -> np.ndarray:
         return self.learned[self.ends[i] - self.lengths[i] : self.ends[i]]
+
+    def teacher_of(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """[N, K] ids and probabilities of a conversation's next tokens: what is known of a token is at the one before
+        it. Zeros elsewhere."""
+        (places,) = np.nonzero(self.learned_of(i))
+        rows = slice(self.learned_before[i], self.learned_before[i] + len(places))
+        wide = [np.zeros((self.lengths[i] + 1, a.shape[1]), a.dtype) for a in self.teacher]
+        for whole, kept in zip(wide, self.teacher):
+            whole[places] = kept[rows]
+        return wide[0][1:], wide[1][1:]
 
     @property
     def n_specials(self) -> int:

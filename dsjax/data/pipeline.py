@@ -159,4 +159,9 @@ def _render(documents: TokenizedDocuments, pieces: list, tokenizer: Tokenizer, s
     parts, learned = (
         [of(i)[start : start + n] for i, _, start, n in pieces] for of in (documents.__getitem__, documents.learned_of)
     )
-    return render(parts, seq_len, tokenizer.pad_id, learned)
+    row = render(parts, seq_len, tokenizer.pad_id, learned)
+    if documents.teacher is not None:
+        said = [documents.teacher_of(i) for i, _, _, _ in pieces]  # no conversation is cut
+        for name, of in zip(("teacher_ids", "teacher_probs"), zip(*said)):
+            row[name] = np.pad(np.concatenate(of), ((0, seq_len - sum(map(len, of))), (0, 0)))
+    return row

@@ -8,7 +8,7 @@ conversations that do not see each other, as in DeepSeek-V3 (arXiv:2412.19437), 
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ RECIPES: dict[str, Recipe] = {
     "r1": Recipe(2, _cosine(5e-5, 5e-6, batch_size=128, seq_len=32_768)),  # 2 to 3 epochs
     "v2": Recipe(2, _constant(5e-6)),  # the schedule was not published
     "moe_16b": Recipe(8, _constant(1e-5, batch_size=1024, seq_len=4096)),
+    "distill": Recipe(2, _cosine(1e-4, 1e-5, batch_size=64)),  # the students' with rows as the student has them
     **{  # 2 to 3 epochs
         f"distill_{name}": Recipe(2, _cosine(rate, rate / 10, batch_size=64, seq_len=32_768))
         for name, rate in _STUDENTS.items()
@@ -82,6 +83,7 @@ def sft(
     epochs: float | None = None,
     template: Path | str | None = None,
     last_turn: bool = False,
+    teach: Callable[[Config, Path], None] | None = None,
     changes: Mapping[str, Any] | None = None,
     **options,
 ) -> dict[str, Any]:
@@ -89,7 +91,9 @@ def sft(
 
     recipe: a name of RECIPES, v3 if not given; epochs: passes over the conversations, those of the recipe if not given,
     where `changes` (configuration fields by dotted name) has no steps. template: a chat template's file instead of the
-    folder's. last_turn: of a conversation only the assistant's last turn is learned. options: as loop.train takes them.
+    folder's. last_turn: of a conversation only the assistant's last turn is learned. teach: called with configuration
+    and run folder once the conversations are in it, to put a teacher's probabilities there (dsjax.posttrain.teacher).
+    options: as loop.train takes them.
     Returns the last held-out numbers. Raises ConfigError for what the user can mend.
     """
     source, run_folder, changes = Path(source), Path(run_folder), dict(changes or {})
@@ -117,6 +121,8 @@ def sft(
         if make:
             _keep_template(source, template, run_folder)
             put_chats(config, run_folder, progress=not options.get("quiet", False))
+            if teach is not None:
+                teach(config, run_folder)
         corpus = load_chats(config.data, config.model.vocab_size, run_folder)
         config = planned(config, corpus, chosen.epochs if epochs is None else epochs, changes)
         if make and imported(run_folder):  # whose configuration is in the folder already
@@ -142,6 +148,7 @@ def settings(base: Config, recipe: Recipe) -> dict[str, Any]:
         "data.document_mask": True,
         "data.fim_rate": 0.0,
         "data.split_rate": 0.0,
+        "data.teacher_top_k": 0,
         **recipe.changes,
     }
 

@@ -1,7 +1,6 @@
 """Where a run's arrays live: the devices, their mesh, and batches laid out on it."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -118,13 +117,25 @@ def share_of(devices: Iterable, mesh, total: int) -> Share:
 
 
 def on_mesh(arrays: dict[str, np.ndarray], mesh, share: Share | None = None) -> Batch:
-    """A Batch [..., B, T] laid out on the mesh, from this process's share of its rows; from all rows, without one."""
+    """A Batch [..., B, T] laid out on the mesh, from this process's share of its rows; from all rows, without one.
+
+    What a teacher says has one axis more.
+    """
     *whole, n, length = arrays["tokens"].shape
     share = share or Share(tuple(range(n)), n)
-    sharding = jax.NamedSharding(mesh, spec(*(None,) * len(whole), "batch", "seq"))
+    axes, shape = (*(None,) * len(whole), "batch", "seq"), (*whole, share.total, length)
 
     def place(a: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback((*whole, share.total, length), sharding, functools.partial(share.part, a))
+        more = a.shape[len(shape) :]
+        sharding = jax.NamedSharding(mesh, spec(*axes, *(None,) * len(more)))
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if not more:
+                return share.part(a, index)
+            last_first = share.part(np.moveaxis(a, -1, 0), (index[-1], *index[:-1]))
+            return np.moveaxis(last_first, 0, -1)
+
+        return jax.make_array_from_callback((*shape, *more), sharding, part)
 
     return Batch(**{name: place(a) for name, a in arrays.items()})
 

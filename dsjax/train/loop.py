@@ -375,9 +375,9 @@ class Run:
         config = self.config
         if not config.data.document_mask:
             arrays = one_document(arrays)
-        arrays = {name: a.reshape(-1, len(self.share.rows), a.shape[-1]) for name, a in arrays.items()}
+        arrays = {name: a.reshape(-1, len(self.share.rows), *a.shape[1:]) for name, a in arrays.items()}
         more = config.accumulate - len(arrays["tokens"])
-        arrays = {name: np.pad(a, ((0, more), (0, 0), (0, 0))) for name, a in arrays.items()}
+        arrays = {name: np.pad(a, ((0, more), *((0, 0),) * (a.ndim - 1))) for name, a in arrays.items()}
         return on_mesh(arrays, self.mesh, self.share)
 
     def _take(self, metrics: Metrics) -> str | None:

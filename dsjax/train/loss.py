@@ -24,10 +24,18 @@ class Counts(NamedTuple):
     targets: jax.Array  # [1 + depth] float32: next tokens, then those of each MTP depth
 
 
+class Teacher(NamedTuple):
+    """What a teacher says of each next token: the likeliest ones, and all others as one."""
+
+    ids: jax.Array  # [B, T, K] int32
+    probs: jax.Array  # [B, T, K] float32
+    share: jax.Array  # [B, T] float32, of the target that is the teacher's; the rest is the token itself
+
+
 class LossParts(NamedTuple):
     """Parts of one micro-batch's share of the loss, in nats a token; sums over micro-batches are the batch's."""
 
-    loss: jax.Array  # [] next-token cross-entropy
+    loss: jax.Array  # [] next-token cross-entropy, to a mixture with the teacher's where there is one
     mtp_loss: jax.Array  # [depth] cross-entropy of each depth, before its weight
     balance: jax.Array  # [] balance losses with their factors
     load: RouterBias  # [layers, E] tokens routed to each expert
@@ -49,9 +57,10 @@ def total_loss(
 ) -> tuple[Float[Array, ""], LossParts]:
     """This micro-batch's share of loss + mtp_weight / depth * sum(mtp_loss) + balance (arXiv:2412.19437, eq. 25)."""
     out = model(batch, router_bias, config.compute, config.balance)
+    teachers = (of_teacher(batch, config.data.teacher_weight), *(None for _ in out.mtp_hidden))
     nats = [
-        cross_entropy(hidden, model.head[...], *next_targets(batch, k + 1)) / counts.targets[k]
-        for k, hidden in enumerate((out.hidden, *out.mtp_hidden))
+        cross_entropy(hidden, model.head[...], *next_targets(batch, k + 1), teacher) / counts.targets[k]
+        for k, (hidden, teacher) in enumerate(zip((out.hidden, *out.mtp_hidden), teachers))
     ]
     mtp = jnp.stack(nats[1:]) if nats[1:] else jnp.zeros((0,), jnp.float32)
     balance = sum(out.balance.values(), jnp.zeros((), jnp.float32)) / counts.rows
@@ -68,21 +77,48 @@ def next_targets(batch: Batch, n: int) -> tuple[Int[Array, "B T"], Bool[Array, "
     return tokens, valid
 
 
+def of_teacher(batch: Batch, weight: float) -> Teacher | None:
+    """What the teacher says of the batch's next tokens, if anything; this weight is given to it where it is known."""
+    if batch.teacher_ids is None:
+        return None
+    known = jnp.sum(batch.teacher_probs, axis=-1) > 0
+    return Teacher(batch.teacher_ids, batch.teacher_probs, jnp.where(known, weight, 0).astype(jnp.float32))
+
+
 def cross_entropy(
-    hidden: Float[Array, "B T D"], head: Float[Array, "D V"], targets: Int[Array, "B T"], valid: Bool[Array, "B T"]
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    teacher: Teacher | None = None,
 ) -> Float[Array, ""]:
     """Sum over valid positions of -log softmax(hidden head)[target], in nats, float32.
+
+    With a teacher, `share` of it is the cross-entropy to its probabilities, of its likeliest tokens and of all others
+    together. Less the teacher's entropy this is a divergence of distributions over K + 1 events, and so a lower bound
+    of that over all tokens, which says nothing of how the others share what is left to them.
 
     Logits exist for one chunk of tokens at a time. Where a gradient is wanted it is computed in the same pass, so
     that no chunk is computed twice.
     """
-    tokens = spec("batch", "seq")
+    tokens, wide = spec("batch", "seq"), spec("batch", "seq", None)
+
+    def local(h, w, *others):
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), others)
+        return lax.psum(_chunked(h.reshape(-1, h.shape[-1]), w, *flat), TOKEN_AXES)
+
     return jax.shard_map(
-        lambda h, w, t, v: lax.psum(_chunked(h.reshape(-1, h.shape[-1]), w, t.reshape(-1), v.reshape(-1)), TOKEN_AXES),
-        in_specs=(spec("batch", "seq", None), spec("embed", "vocab"), tokens, tokens),
+        local,
+        in_specs=(
+            wide,
+            spec("embed", "vocab"),
+            tokens,
+            tokens,
+            None if teacher is None else Teacher(wide, wide, tokens),
+        ),
         out_specs=spec(),
         check_vma=False,
-    )(hidden, constrain(head, "embed", "vocab"), targets, valid)
+    )(hidden, constrain(head, "embed", "vocab"), targets, valid, teacher)
 
 
 def token_logprobs(
@@ -143,34 +179,33 @@ def _logprobs(w, h, targets, temperature):
 
 
 @jax.custom_vjp
-def _chunked(h, w, targets, valid):
+def _chunked(h, w, targets, valid, teacher):
     w = whole(w, RULES["embed"])
-    return lax.scan(
-        lambda nats, chunk: (nats + _nats(w, *chunk)[0], None), jnp.float32(0), _chunks(w, h, targets, valid)
-    )[0]
+    chunks = _chunks(w, h, targets, valid, teacher)
+    return lax.scan(lambda nats, chunk: (nats + _nats(w, *chunk)[0], None), jnp.float32(0), chunks)[0]
 
 
-def _chunked_fwd(h, w_shard, targets, valid):
+def _chunked_fwd(h, w_shard, targets, valid, teacher):
     w = whole(w_shard, RULES["embed"])
 
     def step(carry, chunk):
         nats, dw = carry
-        h, targets, valid = chunk
-        n, dlogits = _nats(w, h, targets, valid)
+        h, *others = chunk
+        n, dlogits = _nats(w, h, *others)
         dlogits = dlogits.astype(h.dtype)
         dh = jnp.einsum("nv,dv->nd", dlogits, w).astype(h.dtype)
         dw += jnp.einsum("nd,nv->dv", h, dlogits, preferred_element_type=jnp.float32)
         return (nats + n, dw), dh
 
     init = jnp.float32(0), jnp.zeros(w.shape, jnp.float32)
-    (nats, dw), dh = lax.scan(step, init, _chunks(w, h, targets, valid))
+    (nats, dw), dh = lax.scan(step, init, _chunks(w, h, targets, valid, teacher))
     dw = lax.psum_scatter(dw, RULES["embed"], tiled=True)  # here, so that no whole gradient waits for the backward pass
     return nats, (dh.reshape(-1, h.shape[1])[: h.shape[0]], dw.astype(w.dtype))
 
 
 def _chunked_bwd(grads, g):
     g = lax.psum(g, "tensor")  # every shard of the vocabulary holds a share of the same loss
-    return *((g * d.astype(jnp.float32)).astype(d.dtype) for d in grads), None, None
+    return *((g * d.astype(jnp.float32)).astype(d.dtype) for d in grads), None, None, None
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
@@ -180,18 +215,39 @@ def _chunks(w, h, *others):
     n = h.shape[0]
     size = min(n, max(_CHUNK_TOKENS, _CHUNK_ELEMENTS // w.shape[1]))
     pad = -n % size
-    return tuple(
-        jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))).reshape(-1, size, *a.shape[1:]) for a in (h, *others)
+    return jax.tree.map(
+        lambda a: jnp.pad(a, ((0, pad), *((0, 0),) * (a.ndim - 1))).reshape(-1, size, *a.shape[1:]), (h, *others)
     )
 
 
-def _nats(w, h, targets, valid):
+def _nats(w, h, targets, valid, teacher=None):
     """Sum of a chunk's losses, and its gradient by the logits; w is this device's shard of the vocabulary."""
     logits = _logits(w, h)
-    hot = targets[:, None] == jnp.arange(w.shape[1]) + lax.axis_index("tensor") * w.shape[1]
+    first = lax.axis_index("tensor") * w.shape[1]
+    hot = targets[:, None] == jnp.arange(w.shape[1]) + first
     top = lax.pmax(lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)), "tensor")
     exp = jnp.exp(logits - top)
     total = lax.psum(jnp.sum(exp, axis=-1, keepdims=True), "tensor")
-    target = lax.psum(jnp.sum(jnp.where(hot, logits, 0), axis=-1), "tensor")
+    if teacher is None:
+        target, wanted = lax.psum(jnp.sum(jnp.where(hot, logits, 0), axis=-1), "tensor"), hot
+    else:
+        target, wanted = _mixed(logits, exp, top, hot, first, teacher)
     nats = jnp.log(total[:, 0]) + top[:, 0] - target
-    return jnp.sum(jnp.where(valid, nats, 0)), jnp.where(valid[:, None], exp / total - hot, 0)
+    return jnp.sum(jnp.where(valid, nats, 0)), jnp.where(valid[:, None], exp / total - wanted, 0)
+
+
+def _mixed(logits, exp, top, hot, first, teacher: Teacher):
+    """The mean logit of the target [n], that of all other tokens being the logarithm of their sum; and what the
+    probabilities are drawn to [n, V]: of the other tokens the student's own, scaled to what the teacher leaves them."""
+    n, size = logits.shape
+    ids = teacher.ids - first
+    at = jnp.arange(n)[:, None], jnp.where((ids >= 0) & (ids < size), ids, size)  # size: on another device
+    probs = jnp.zeros_like(logits).at[at].add(teacher.probs, mode="drop")
+    others = jnp.ones(logits.shape, bool).at[at].set(False, mode="drop")
+    rest = lax.psum(jnp.sum(jnp.where(others, exp, 0), axis=-1, keepdims=True), "tensor")
+    rest = jnp.maximum(rest, jnp.finfo(jnp.float32).tiny)
+    share = teacher.share[:, None]
+    left = share * jnp.maximum(1 - jnp.sum(teacher.probs, axis=-1, keepdims=True), 0)
+    named = (1 - share) * hot + share * probs
+    target = lax.psum(jnp.sum(named * logits, axis=-1), "tensor") + (left * (jnp.log(rest) + top))[:, 0]
+    return target, named + jnp.where(others, left * exp / rest, 0)
