@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +61,14 @@ class Answer(NamedTuple):
     logprob: float  # mean over its tokens, of the tempered distribution
 
 
+class Asked(NamedTuple):
+    """An answer, the whole text that is judged, and what it is worth by part."""
+
+    answer: Answer
+    text: str
+    parts: dict[str, float]
+
+
 class Judged(NamedTuple):
     """What an answer is worth."""
 
@@ -92,29 +100,15 @@ def evaluate(
         raise ConfigError(
             f"best_by={show(best_by)}: expected reward or logprob; the nearest is {nearest(best_by, BEST_BY)[0]}"
         )
-    for n, problem in enumerate(problems):
-        names = problem.facts.get("rewards", task.weights)
-        if not set(names) & set(RIGHT):
-            raise ConfigError(
-                f"rewards={show(list(names))}: problem {n}: expected one of {', '.join(RIGHT)} among them"
-            )
-    if not problems:
-        raise ConfigError(f"{task.name}: no problems to measure with")
-    template = ChatTemplate.load(loaded.folder) if asking.style == "chat" else None
-    prompts = [encode(problem, loaded.tokenizer, template, asking.style) for problem in problems]
-    kept = None if out is None else _Kept(out, _head(task, prompts, asking, label), say)
-    answers = _ask(loaded, prompts, asking, max_rows, kept, progress)
-
-    before = [begun(problem, template, asking.style) for problem in problems]
-    texts = [before[answer.problem] + answer.text for answer in answers]
-    parts = task.judge([problems[answer.problem] for answer in answers], texts)
-    if kept is not None:
-        kept.write(answers, parts)
+    check_judged(task, problems)
+    options = {"max_rows": max_rows, "out": out, "label": label, "progress": progress, "say": say}
+    asked = ask(loaded, task, problems, asking, **options)
     cut = getattr(task, "answer", lambda text: None)
     judged: list[list[Judged]] = [[] for _ in problems]
-    for answer, text, of in zip(answers, texts, parts):
-        right = all(of[name] >= 1 for name in RIGHT if name in of)
-        judged[answer.problem].append(Judged(right, total(of, task.weights), canonical(cut(text)), answer.logprob))
+    for answer, text, of in asked:
+        reward, said = total(of, task.weights), canonical(cut(text))
+        judged[answer.problem].append(Judged(is_right(of), reward, said, answer.logprob))
+    parts = [of for _, _, of in asked]
     named = sorted({name for of in parts for name in of}, key=list(task.weights).index)
     return {
         "task": task.name,
@@ -123,9 +117,51 @@ def evaluate(
         **_shares(judged, best_by),
         "reward": float(np.mean([one.reward for row in judged for one in row])),
         **{f"reward_{name}": float(np.mean([of[name] for of in parts if name in of])) for name in named},
-        "tokens": float(np.mean([answer.n_tokens for answer in answers])),
-        "truncated": float(np.mean([answer.reason == "length" for answer in answers])),
+        "tokens": float(np.mean([answer.n_tokens for answer, _, _ in asked])),
+        "truncated": float(np.mean([answer.reason == "length" for answer, _, _ in asked])),
     }
+
+
+def ask(
+    loaded: Loaded,
+    task: Task,
+    problems: Sequence[Problem],
+    asking: Asking = Asking(),
+    *,
+    max_rows: int = EngineConfig.max_rows,
+    out: Path | None = None,
+    label: str = "",
+    progress: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Asked]:
+    """Every answer to every problem, in order, and what it is worth; out, label and ConfigError as of `evaluate`."""
+    if not problems:
+        raise ConfigError(f"{task.name}: no problems to ask")
+    template = ChatTemplate.load(loaded.folder) if asking.style == "chat" else None
+    prompts = [encode(problem, loaded.tokenizer, template, asking.style) for problem in problems]
+    kept = None if out is None else _Kept(out, _head(task, prompts, asking, label), say)
+    answers = _ask(loaded, prompts, asking, max_rows, kept, progress)
+    before = [begun(problem, template, asking.style) for problem in problems]
+    texts = [before[answer.problem] + answer.text for answer in answers]
+    parts = task.judge([problems[answer.problem] for answer in answers], texts)
+    if kept is not None:
+        kept.write(answers, parts)
+    return list(map(Asked, answers, texts, parts))
+
+
+def check_judged(task: Task, problems: Sequence[Problem]) -> None:
+    """Raises ConfigError for a problem whose rewards do not say whether an answer is right."""
+    for n, problem in enumerate(problems):
+        names = problem.facts.get("rewards", task.weights)
+        if not set(names) & set(RIGHT):
+            raise ConfigError(
+                f"rewards={show(list(names))}: problem {n}: expected one of {', '.join(RIGHT)} among them"
+            )
+
+
+def is_right(parts: Mapping[str, float]) -> bool:
+    """Whether every reward that says if an answer is right gives 1."""
+    return all(parts[name] >= 1 for name in RIGHT if name in parts)
 
 
 def pass_at(k: int, n: int, right: int) -> float:

@@ -175,7 +175,7 @@ def test_what_cannot_be_evaluated(loaded):
             {},
             "rewards=format: problem 0: expected one of accuracy, choice",
         ),
-        ([], {}, "letters: no problems to measure with"),
+        ([], {}, "letters: no problems to ask"),
         ([Problem("x" * 63)], {}, "problem 0: 64 tokens; expected at most 63"),
         (PROBLEMS, {"best_by": "logprobs"}, "best_by=logprobs: expected reward or logprob; the nearest is logprob"),
         (PROBLEMS, {"asking": Asking(style="chat")}, "no chat template"),
