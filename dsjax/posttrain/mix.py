@@ -45,18 +45,21 @@ def _weighted(name: str) -> tuple[str, float]:
 
 
 class TaskMix:
-    """Tasks drawn from by weight. A part of the reward has one weight, whichever tasks have it.
+    """Tasks drawn from by weight. A part of the reward has one weight, whichever tasks have it: that of `weights`, or
+    the tasks' own.
 
-    Raises ConfigError for a part that two tasks weigh differently.
+    Raises ConfigError for a part that two tasks weigh differently, or that has no weight.
     """
 
-    def __init__(self, tasks: Sequence[Any], shares: Sequence[float]):
+    def __init__(self, tasks: Sequence[Any], shares: Sequence[float], weights: Mapping[str, float] | None = None):
         self.tasks, self.shares = list(tasks), np.array(shares, float) / sum(shares)
         self.name = ", ".join(task.name for task in tasks)
-        self.weights: dict[str, float] = {}
+        self.weights: dict[str, float] = dict(weights or {})
         for task in tasks:
             for part, weight in task.weights.items():
-                if self.weights.setdefault(part, weight) != weight:
+                if weights is not None and part not in weights:
+                    raise ConfigError(f"rewards: expected {part} among them, for {task.name}")
+                if weights is None and self.weights.setdefault(part, weight) != weight:
                     raise ConfigError(
                         f"rewards: {part}:{weight:g} of {task.name}, and {self.weights[part]:g} of a task before it; "
                         "expected one weight in all tasks of a mix"

@@ -18,7 +18,7 @@ import numpy as np
 
 from dsjax import __version__
 from dsjax import config as configuration
-from dsjax.config import Config, ConfigError, EngineConfig, override, show
+from dsjax.config import Config, ConfigError, override, show
 from dsjax.data.sources import parse_source, source_files
 from dsjax.files import read_json, write_json, write_text
 from dsjax.hub.config import is_hub_folder, read_config

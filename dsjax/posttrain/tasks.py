@@ -103,13 +103,11 @@ def _open_mix(mixed: list[tuple[str, float]], weights, seed: int, heldout) -> Ta
     with ExitStack() as stack:
         tasks = []
         for name, _ in mixed:
-            known = given
-            if given is not None and name.startswith("parity:"):
-                known = {part: weight for part, weight in given.items() if part == "accuracy"}
-            elif given is not None and not name.startswith("gym:"):
-                known = {part: weight for part, weight in given.items() if part != "gym"}
+            known = None if given is None or name.startswith("parity:") else dict(given)
+            if known is not None and not name.startswith("gym:"):
+                known.pop("gym", None)
             tasks.append(stack.enter_context(open_task(name, weights=known, seed=seed)))
-        mix = TaskMix(tasks, [share for _, share in mixed])
+        mix = TaskMix(tasks, [share for _, share in mixed], given)
         stack.pop_all()
     return mix
 
