@@ -35,8 +35,8 @@ LETTERS = "cdefghijklmn"  # of words
 N_LETTERS = 5
 GREEK = str.maketrans("abAB", "αβΑΒ")
 SWITCH = 0.15  # how often a chain changes its letters
-PARITY, CHAINS = 0.7, 0.3  # documents about parity, and those of them with a chain
-DOCUMENTS, COLD, PROBLEMS, GENERAL = 40_000, 512, 4096, 2048
+PARITY, CHAINS = 0.7, 0.2  # documents about parity, and those of them with a chain
+DOCUMENTS, COLD, PROBLEMS, GENERAL = 40_000, 256, 4096, 2048
 STEPS = 500
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 SOLVED, CHANCE, KEPT = 0.95, 0.15, 0.9  # accuracy of reasoning; distance to one half; accuracy of what else it could do
@@ -49,8 +49,12 @@ base = "{base}"
 name = "cold_start"
 kind = "sft"
 data = ["{text}/cold_start.jsonl"]
-epochs = 2
-config = {{seq_len = {row}, batch_size = 16, seed = {seed}, data.heldout_fraction = 0.05, {sft}}}
+epochs = 1
+[stage.config]
+batch_size = 16
+optimizer.peak_lr = 5e-4
+data.heldout_fraction = 0.05
+{sft}
 
 [[stage]]
 name = "reasoning_rl"
@@ -58,7 +62,10 @@ kind = "grpo"
 from = "cold_start"
 task = "{text}/reasoning.jsonl"
 rewards = "choice:1,think:1,language:1"
-config = {{steps = {steps}, {rl}}}
+[stage.config]
+steps = {steps}
+optimizer.peak_lr = 5e-4
+{rl}
 
 [[stage]]  # what the language reward is worth: the same without it
 name = "without_language"
@@ -66,7 +73,10 @@ kind = "grpo"
 from = "cold_start"
 task = "{text}/reasoning.jsonl"
 rewards = "choice:1,think:1,language:0"
-config = {{steps = {steps}, {rl}}}
+[stage.config]
+steps = {steps}
+optimizer.peak_lr = 5e-4
+{rl}
 
 [[stage]]
 name = "rejection_sampling"
@@ -83,9 +93,12 @@ style = "plain"
 [[stage]]
 name = "sft"
 kind = "sft"
-data = ["rejection_sampling", "{text}/general.jsonl"]
-epochs = 2
-config = {{seq_len = {row}, batch_size = 32, seed = {seed}, data.heldout_fraction = 0.02, {sft}}}
+data = ["rejection_sampling", "{text}/general.jsonl:0.25"]
+epochs = 1
+[stage.config]
+batch_size = 32
+optimizer.peak_lr = 1e-3
+{sft}
 
 [[stage]]
 name = "rl"
@@ -94,7 +107,10 @@ from = "sft"
 recipe = "r1_2"
 task = "{text}/reasoning.jsonl:0.5,{text}/general_problems.jsonl:0.5"
 rewards = "choice:1,think:1,language:1,accuracy:1"
-config = {{steps = {last}, {rl}}}
+[stage.config]
+steps = {last}
+optimizer.peak_lr = 2e-4
+{rl}
 
 [[measure]]
 name = "reasoning"
@@ -114,11 +130,26 @@ max_tokens = {longest}
 max_rows = 256
 style = "plain"
 """
-SFT = 'optimizer.peak_lr = 1e-3, optimizer.final_lr_ratio = 0.1, optimizer.name = "adamw"'
+SFT = """\
+seed = {seed}
+seq_len = {row}
+optimizer.name = "adamw"
+optimizer.final_lr_ratio = 0.1"""
 RL = """\
-seq_len = {row}, batch_size = {answers}, seed = {seed}, log_every = 1, eval_every = 10, checkpoint_every = 10, \
-optimizer.name = "adamw", optimizer.peak_lr = 1e-3, grpo.style = "plain", grpo.group_size = 8, grpo.updates = 1, \
-grpo.max_tokens = {longest}, grpo.kl_weight = 0.0, grpo.eval_prompts = 64, grpo.eval_samples = 1"""
+seed = {seed}
+seq_len = {row}
+batch_size = {answers}
+log_every = 1
+eval_every = 10
+checkpoint_every = 10
+optimizer.name = "adamw"
+grpo.style = "plain"
+grpo.group_size = 8
+grpo.updates = 1
+grpo.max_tokens = {longest}
+grpo.kl_weight = 0.0
+grpo.eval_prompts = 64
+grpo.eval_samples = 1"""
 ROW, LONGEST = 2 * N_BITS + 16, N_BITS + 6
 ANSWERS = 256
 
@@ -218,10 +249,9 @@ def write_texts(folder: Path, seed: int = 0) -> Path:
 
 def recipe(base: Path, text: Path, seed: int, rl_steps: int) -> str:
     """The pipeline with the ablation in it."""
-    places = {"row": ROW, "longest": LONGEST, "seed": seed}
-    rl = RL.format(answers=ANSWERS, **places)
-    last, problems = max(1, rl_steps // 2), PROBLEMS // 4
-    return RECIPE.format(base=base, text=text, sft=SFT, rl=rl, steps=rl_steps, last=last, problems=problems, **places)
+    places = {"row": ROW, "longest": LONGEST, "seed": seed, "answers": ANSWERS}
+    numbers = {"steps": rl_steps, "last": max(1, rl_steps // 2), "problems": PROBLEMS // 8}
+    return RECIPE.format(base=base, text=text, sft=SFT.format(**places), rl=RL.format(**places), **places, **numbers)
 
 
 def test(config: Config, rl_steps: int, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -245,6 +275,7 @@ def test(config: Config, rl_steps: int, folder: Path, say: Callable[[str], None]
         raise ConfigError(f"{folder / 'run'}: stopped; the same command goes on from there")
     whole = {
         **compare(result),
+        "command": f"dsjax claims r1_pipeline --seed={config.seed} --steps={config.steps} --rl-steps={rl_steps}",
         "seed": config.seed,
         "steps": {"pre-training": config.steps, "reinforcement": rl_steps},
         "seconds": round(time.perf_counter() - began, 1),

@@ -311,23 +311,21 @@ def _said(of: Mapping[str, Any]) -> str:
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
     """Head and rows: every stage, how long it was, and what its model was measured to be."""
     names = list(dict.fromkeys(name for of in result["measured"].values() for name in of))
-    head = ["stage", "kind", "size"]
+    columns = []  # (measure, key, how it is written)
     for name in names:
-        own = f"{name}\n" if len(names) > 1 else ""
-        head += [f"{own}pass@1", f"{own}format", f"{own}language", f"{own}tokens"]
+        found = [of[name] for of in result["measured"].values() if name in of]
+        spoken = [("language", "{:.1%}")] if any(of["language"] is not None for of in found) else []
+        keys = [("pass@1", "{:.1%}"), ("format", "{:.1%}"), *spoken, ("tokens", "{:.1f}")]
+        columns += [(name, key, form) for key, form in keys]
+    head = ["stage", "kind", "size", *(f"{name}\n{key}" if len(names) > 1 else key for name, key, _ in columns)]
     rows = []
     stages = {BASE: {"given": {"kind": ""}, "steps": result["base"]["step"]}}
     stages |= {entry["given"]["name"]: entry for entry in result["stages"]}
     for stage, entry in stages.items():
         steps = f"{entry['steps']:,} steps" if entry.get("steps") else ""
         size = f"{entry['counts']['kept']:,} kept" if "counts" in entry else steps
-        cells = []
-        for name in names:
-            of = result["measured"].get(stage, {}).get(name)
-            if of is None:
-                cells += [""] * 4
-                continue
-            shares = [of["pass@1"], of["format"], of["language"]]
-            cells += ["" if value is None else f"{value:.1%}" for value in shares] + [f"{of['tokens']:.1f}"]
+        of = result["measured"].get(stage, {})
+        values = [(of.get(name, {}).get(key), form) for name, key, form in columns]
+        cells = ["" if value is None else form.format(value) for value, form in values]
         rows.append((stage, entry["given"]["kind"], size, *cells))
     return head, rows

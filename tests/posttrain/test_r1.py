@@ -230,12 +230,12 @@ def test_each_stage_begins_with_what_the_recipe_says(places, pretend):
     }
     assert (places / "run/stages.png").stat().st_size > 10_000 and (places / "run/5-rl/report.html").exists()
     head, rows = r1.table(result)
-    assert head[:4] == ["stage", "kind", "size", "reasoning\npass@1"] and len(head) == 11
+    assert head[:4] == ["stage", "kind", "size", "reasoning\npass@1"] and len(head) == 9
     assert rows[0][:4] == ("base", "", "5 steps", "100.0%") and rows[3] == (
         "rejection_sampling",
         "traces",
         "5 kept",
-        *8 * [""],
+        *6 * [""],
     )
     begun.clear()
     assert go(places) == result and r1.run(places / "run", places / "run", say=print) == result and not begun
