@@ -409,7 +409,7 @@ def test_a_whole_pipeline_and_one_that_is_killed_in_every_stage_come_to_the_same
     with jax.set_mesh(make_mesh(jax.devices()[:1])), Checkpoints(base) as checkpoints:
         checkpoints.save(5, models.state(config), {"steps": [], "load": []})
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": f"{i}+", "completion": "B"} for i in range(12)])
-    letters = [{"prompt": f"{i}?", "answer": "B", "language": "en"} for i in range(150)]
+    letters = [{"prompt": f"{i}?", "answer": "B", "language": "el"} for i in range(150)]  # worth 1 without a letter
     for record in letters:
         record["rewards"] = ["choice", "think", "language"]
     write(tmp_path / "letters.jsonl", letters)
@@ -422,10 +422,11 @@ def test_a_whole_pipeline_and_one_that_is_killed_in_every_stage_come_to_the_same
         killed = tmp_path / "killed"
         for place, attribute, after in (
             (loop.Run, "_batch", 1),  # cold start: after a step
-            (r1, "summary", 1),  # with what it was asked
+            (r1, "summary", 0),  # when it was asked, before that is written
             (grpo.Run, "_learn", 1),  # policy optimisation: after a step
             (traces, "write_text", 0),  # rejection sampling: all is sampled, and nothing written
-            (grpo.Run, "_groups", 1),
+            (loop.Run, "_batch", 0),  # fine-tuning again: before a step
+            (grpo.Run, "_groups", 1),  # the last stage
         ):
             with monkeypatch.context() as patch, pytest.raises(Killed):
                 kill_at(patch, place, attribute, after)
