@@ -154,7 +154,10 @@ class _Pipeline:
                     self._open(stage.given, stage.given.get("seed", 0)).close()
             except ConfigError as error:
                 raise self.recipe.error(stage, error) from None
+        models = [BASE, *(stage.name for stage in self.recipe.stages if stage.kind != "traces")]
         for given in self.recipe.measures:
+            if all(self._is_measured(name, given) for name in models):
+                continue
             try:
                 self._open(given, given["seed"]).close()
             except ConfigError as error:
@@ -237,7 +240,7 @@ class _Pipeline:
         """Asks a stage's model what it was not asked yet; its answers stay in answers/."""
         measured, loaded = self.kept["measured"].setdefault(name, {}), None
         for given in self.recipe.measures:
-            if measured.get(given["name"], {}).get("asked") == dict(given):
+            if self._is_measured(name, given):
                 continue
             with ExitStack() as stack:
                 task = stack.enter_context(self._open(given, given["seed"]))
@@ -255,6 +258,9 @@ class _Pipeline:
             measured[given["name"]] = {"asked": dict(given), **summary(problems, asked)}
             self._write()
             self.say(f"{name}, {given['name']}: {_said(measured[given['name']])}")
+
+    def _is_measured(self, name: str, given: Mapping[str, Any]) -> bool:
+        return self.kept["measured"].get(name, {}).get(given["name"], {}).get("asked") == dict(given)
 
     def _write(self) -> None:
         write_json(self.folder / "stages.json", self.kept)
