@@ -10,7 +10,6 @@ the same call at any time goes on with the pipeline.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from dsjax.config import Config, ConfigError, override, show
 from dsjax.data.sources import parse_source, source_files
 from dsjax.files import read_json, write_json, write_text
 from dsjax.hub.config import is_hub_folder, read_config
-from dsjax.hub.load import load
+from dsjax.hub.load import Loaded, load
 from dsjax.posttrain import grpo, stages_picture
 from dsjax.posttrain.evaluate import Asked, Asking, ask, check_judged, is_right
 from dsjax.posttrain.problem import Problem
@@ -62,14 +61,15 @@ class _Pipeline:
     def __init__(self, recipe: Recipe, folder: Path, quiet: bool, say: Callable[[str], None]):
         self.recipe, self.folder, self.quiet, self.say = recipe, folder, quiet, say
         self.base = Path(recipe.base).expanduser()
-        self.kept: dict[str, Any] = read_json(folder / "stages.json") or {"stages": [], "measured": {}}
+        self.kept: dict[str, Any] = read_json(folder / "stages.json") or {"stages": [], "measured": {}, "asking": {}}
 
     def go(self) -> dict[str, Any]:
         recipe, n = self.recipe, len(self.recipe.stages)
         self._check_kept()
         self._check_all()
         write_text(self.folder / _KEPT, recipe.text)
-        self.kept["base"] = self._where_base()
+        if self.kept.get("base") != (now := _newest(self.base)):  # of which nothing is made yet
+            self.kept["base"], self.kept["measured"] = now, {}
         self._measure(BASE, self.base)
         for stage in recipe.stages:
             if stage.number <= len(self.kept["stages"]):
@@ -105,7 +105,7 @@ class _Pipeline:
         if len(done) > len(self.recipe.stages):
             name = done[len(self.recipe.stages)]["given"]["name"]
             raise ConfigError(f"{where}: stage {name} is done in {self.folder}, and now is not there; {other}")
-        if done and (was := self.kept["base"]) != (now := self._where_base()):
+        if done and (was := self.kept["base"]) != (now := _newest(self.base)):
             key = next(key for key in now if now[key] != was.get(key))
             raise ConfigError(
                 f"{where}: base: {key} is {show(now[key])}, and the stages done in {self.folder} began with "
@@ -120,13 +120,9 @@ class _Pipeline:
                         f"{self.folder} with {show(was.get(key))}; {other}"
                     )
 
-    def _where_base(self) -> dict[str, Any]:
-        hub = is_hub_folder(self.base)
-        return {"run": str(self.base.absolute()), "step": None if hub else newest_step(self.base)}
-
     def _check_all(self) -> None:
         """Raises ConfigError for what is known to be wrong of what is still to be done."""
-        where, hub = self.recipe.where, False
+        where = self.recipe.where
         if not self.base.is_dir() or not (self.base / "config.json").is_file():
             raise ConfigError(f"{where}: base={show(self.recipe.base)}: expected a run folder or a Hub folder")
         if hub := is_hub_folder(self.base):
@@ -242,22 +238,31 @@ class _Pipeline:
         for given in self.recipe.measures:
             if self._is_measured(name, given):
                 continue
-            with ExitStack() as stack:
-                task = stack.enter_context(self._open(given, given["seed"]))
-                problems = task.heldout()[: given["problems"]]
-                check_judged(task, problems)
+            out = self.folder / "answers" / f"{name}-{given['name']}.jsonl"
+            out.parent.mkdir(exist_ok=True)
+            question = {**given, **_newest(folder)}
+            if self.kept["asking"].get(out.name) != question:  # what is there answers another one
+                out.unlink(missing_ok=True)
+                self.kept["asking"][out.name] = question
+                self._write()
+            try:
                 loaded = load(folder) if loaded is None else loaded
-                fields = [field.name for field in dataclasses.fields(Asking)]
-                asking = Asking(**{key: given[key] for key in fields if given[key] is not None})
-                out = self.folder / "answers" / f"{name}-{given['name']}.jsonl"
-                out.parent.mkdir(exist_ok=True)
-                if "asked" in measured.get(given["name"], {}):
-                    out.unlink(missing_ok=True)  # other questions
-                rows = min(given["max_rows"], len(problems) * asking.samples)
-                asked = ask(loaded, task, problems, asking, max_rows=rows, out=out, label=name, say=self.say)
-            measured[given["name"]] = {"asked": dict(given), **summary(problems, asked)}
+                found = self._ask(given, loaded, name, out)
+            except ConfigError as error:
+                raise ConfigError(f"{self.recipe.where}: measure {given['name']}, of {name}: {error}") from None
+            measured[given["name"]] = {"asked": dict(given), **found}
             self._write()
-            self.say(f"{name}, {given['name']}: {_said(measured[given['name']])}")
+            self.say(f"{name}, {given['name']}: {_said(found)}")
+
+    def _ask(self, given: Mapping[str, Any], loaded: Loaded, name: str, out: Path) -> dict[str, Any]:
+        asking = Asking(**{field.name: given[field.name] for field in dataclasses.fields(Asking)})
+        with self._open(given, given["seed"]) as task:
+            problems = task.heldout()[: given["problems"]]
+            check_judged(task, problems)
+            rows = min(given["max_rows"], len(problems) * asking.samples)
+            return summary(
+                problems, ask(loaded, task, problems, asking, max_rows=rows, out=out, label=name, say=self.say)
+            )
 
     def _is_measured(self, name: str, given: Mapping[str, Any]) -> bool:
         return self.kept["measured"].get(name, {}).get(given["name"], {}).get("asked") == dict(given)
@@ -279,6 +284,11 @@ def planned(stage: Stage, base: Config) -> Config:
 def _changes(stage: Stage) -> dict[str, Any]:
     own = {"grpo.task": stage["task"], "grpo.rewards": stage["rewards"]}
     return {name: value for name, value in own.items() if value is not None} | stage.changes
+
+
+def _newest(folder: Path) -> dict[str, Any]:
+    """Which weights a folder's model has."""
+    return {"run": str(folder.absolute()), "step": None if is_hub_folder(folder) else newest_step(folder)}
 
 
 def _done(folder: Path) -> dict[str, Any] | None:

@@ -255,6 +255,22 @@ def test_killed_anywhere_it_goes_on_there(places, pretend, name):
     assert len([one for one in begun if one[0] == "ask"]) == 10  # nothing is asked twice
 
 
+def test_a_base_that_was_trained_on_is_measured_anew_until_a_stage_began_with_it(places, pretend):
+    begun, die = pretend
+    die["1-cold_start"] = "killed"
+    for _ in range(2):
+        with pytest.raises(Killed):
+            go(places)
+    assert begun.count(("ask", "base")) == 2
+    (places / "base/checkpoints/5").rename(places / "base/checkpoints/6")
+    die.clear()
+    go(places)
+    assert begun.count(("ask", "base")) == 4
+    (places / "base/checkpoints/6").rename(places / "base/checkpoints/7")
+    with pytest.raises(ConfigError, match=f"^{places}/r1.toml: base: step is 7, and the stages done in .* with 6; cho"):
+        go(places)
+
+
 def test_a_stopped_stage_ends_the_call_and_is_gone_on_with(places, pretend):
     begun, die = pretend
     die["1-cold_start"] = "stopped"
