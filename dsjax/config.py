@@ -381,7 +381,7 @@ class GrpoConfig:
     """Policy optimisation from rewards (reference section 7.5). batch_size counts answers, seq_len is of a prompt with
     its answer."""
 
-    task: str = Field("", description="problems: a .jsonl file, gym:NAME, or parity:BITS")
+    task: str = Field("", description="problems: a .jsonl file, gym:NAME, parity:BITS, or several as TASK:WEIGHT,...")
     rewards: str = Field("", description="PART:WEIGHT of the reward, separated by commas; empty = the task's own")
     style: Literal["r1_zero", "chat", "plain"] = Field(
         "r1_zero", description="how a prompt is put: R1-Zero's preamble, the chat template, or as it is"

@@ -20,6 +20,7 @@ from dsjax.cli.model import generate
 from dsjax.cli.needle import needle
 from dsjax.cli.plan import plan
 from dsjax.cli.posttrain import sft
+from dsjax.cli.r1 import r1
 from dsjax.cli.report import report
 from dsjax.cli.serve import serve
 from dsjax.cli.settings import config, presets
@@ -46,6 +47,7 @@ for command in (
     sft,
     grpo,
     distill,
+    r1,
     generate,
     serve,
     presets,

@@ -124,6 +124,41 @@ def claims_r1_zero(seeds: int, rl_steps: int, out: str | None, as_json: bool, ch
 
 
 @claims.command(
+    "r1_pipeline",
+    fields=True,
+    short_help="R1's pipeline, stage by stage.",
+    options_metavar="[--rl-steps N] [--out FOLDER] [--json] [--FIELD=VALUE]...",
+    epilog="""\b
+Examples:
+  dsjax claims r1_pipeline
+  dsjax claims r1_pipeline --seed=1 --out runs/pipeline-1""",
+)
+@click.option(
+    "--rl-steps", type=POSITIVE, default=30, show_default=True, help="Steps of reasoning RL; half at the end."
+)
+@click.option("--out", metavar="FOLDER", help="Runs, claim.json and claim.png.  [default: runs/claims-r1_pipeline]")
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
+def claims_r1_pipeline(rl_steps: int, out: str | None, as_json: bool, changes: dict[str, str]):
+    """Pre-train a small model and take it through DeepSeek-R1's stages: cold start, RL on reasoning with the language
+    reward and, beside it, without, rejection sampling, fine-tuning of the base on that, RL on everything.
+
+    The claim holds if accuracy on held-out problems goes from chance to 95%, the reasoning into one language where that
+    is rewarded, and the model can still do the general task. A stopped command goes on where it was.
+    """
+    from dsjax.claims import r1_pipeline
+
+    config = override(r1_pipeline.base_model(), changes)
+    folder = Path(out) if out is not None else Path("runs") / "claims-r1_pipeline"
+    result = r1_pipeline.test(config, rl_steps, folder, note)
+    _answer(result, r1_pipeline.table(result), folder, as_json)
+    if not result["learned"]:
+        note("the base has not learned the general task, so nothing was tested; try another --seed")
+    if not result["holds"]:
+        note("not found: " + ", ".join(name for name, found in result["found"].items() if not found))
+        sys.exit(1)
+
+
+@claims.command(
     "distillation",
     short_help="A larger model's answers teach more than rewards.",
     options_metavar="[--seeds N] [--out FOLDER] [--json]",

@@ -11,6 +11,7 @@ with open_task("gym:chain_sum?max_terms=4", weights="gym:1,format:0.5") as task:
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -18,6 +19,8 @@ from dsjax.config import ConfigError, nearest, show
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.hub.chat import ChatTemplate
 from dsjax.posttrain.gym import open_gym
+from dsjax.posttrain.judging import read_weights
+from dsjax.posttrain.mix import TaskMix, parts
 from dsjax.posttrain.parity import open_parity
 from dsjax.posttrain.problem import Problem
 from dsjax.posttrain.problem_file import ProblemFile
@@ -64,13 +67,16 @@ def open_task(
     seed: int = 0,
     heldout: str | Path | None = None,
 ) -> Task:
-    """The task of a .jsonl file, of `gym:NAME?option=value&...`, or of `parity:BITS`.
+    """The task of a .jsonl file, of `gym:NAME?option=value&...`, of `parity:BITS`, or of several of them by weight:
+    `a.jsonl:0.7,parity:24:0.3`.
 
     weights: of the parts of the reward, as `accuracy:1,format:0.5`; by default accuracy, a gym's own score, or the
     parts that a file's lines name. heldout: a file of problems to measure with; a file's own (see ProblemFile) if not
     given. Raises ConfigError for what is none, with its line in a file; for a reward that a problem has not the means
     for; and where code would run without a sandbox.
     """
+    if not Path(spec).is_file() and len(mixed := parts(str(spec))) > 1:
+        return _open_mix(mixed, weights, seed, heldout)
     kind, colon, rest = str(spec).partition(":")
     if colon and kind in ("gym", "parity") and heldout is not None:
         raise ConfigError(
@@ -87,6 +93,23 @@ def open_task(
         near = f"; the nearest is {nearest(kind, ['gym', 'parity'])[0]}:" if colon else ""
         raise ConfigError(f"task={show(str(spec))}: expected a .jsonl file, gym:NAME, or parity:BITS{near}")
     return ProblemFile(path, weights, seed, None if heldout is None else Path(heldout))
+
+
+def _open_mix(mixed: list[tuple[str, float]], weights, seed: int, heldout) -> Task:
+    """weights: each task takes those that it knows; the lines of a file say which are theirs (`rewards`)."""
+    if heldout is not None:
+        raise ConfigError(f"heldout={show(str(heldout))}: expected with one file, and this is a mix of {len(mixed)}")
+    given = None if weights is None else read_weights(weights)
+    with ExitStack() as stack:
+        tasks = []
+        for name, _ in mixed:
+            known = None if given is None or name.startswith("parity:") else dict(given)
+            if known is not None and not name.startswith("gym:"):
+                known.pop("gym", None)
+            tasks.append(stack.enter_context(open_task(name, weights=known, seed=seed)))
+        mix = TaskMix(tasks, [share for _, share in mixed], given)
+        stack.pop_all()
+    return mix
 
 
 def render(problem: Problem, template: ChatTemplate | None, style: str) -> str:

@@ -4,6 +4,7 @@ import re
 from fractions import Fraction
 
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?")
+_TAG = re.compile(r"</?(?:think|answer)>")
 _GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _LONGEST = 1000  # characters of an answer that is compared
 
@@ -11,6 +12,12 @@ _LONGEST = 1000  # characters of an answer that is compared
 def without_thinking(text: str) -> str:
     """What stands behind the last </think>; all of it if there is none."""
     return text.rpartition("</think>")[2]
+
+
+def thinking(text: str) -> str:
+    """What stands before the last </think>, all of it if there is none; without the tags."""
+    before, end, behind = text.rpartition("</think>")
+    return _TAG.sub(" ", before if end else behind)
 
 
 def last_boxed(text: str) -> str | None:

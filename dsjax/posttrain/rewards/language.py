@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 from dsjax.config import show
 from dsjax.posttrain.problem import Problem, Reward
+from dsjax.posttrain.rewards.answer import thinking
 
 _SCRIPTS = {
     "latin": ("en", "de", "fr", "es", "it", "pt", "nl", "pl", "tr", "vi"),
@@ -41,13 +42,14 @@ def words_by_script(text: str) -> dict[str, int]:
 
 
 def language_reward(text: str, language: str = "en") -> float:
-    """The share of words in the script of the language; 1 where there are none. Raises ValueError for an unknown one.
+    """The share of the thinking's words in the script of the language; 1 where there are none, and of all words where
+    no </think> ends it. Raises ValueError for an unknown language.
 
     By script, so that it tells English from Chinese, which is what mixes, and not from German.
     """
     if language not in LANGUAGES:
         raise ValueError(f"language={language!r}: expected one of {', '.join(sorted(LANGUAGES))}")
-    script, counts = LANGUAGES[language], words_by_script(text)
+    script, counts = LANGUAGES[language], words_by_script(thinking(text))
     total = sum(counts.values())
     own = sum(counts.get(name, 0) for name in _ALSO.get(script, {script}))
     return own / total if total else 1.0
