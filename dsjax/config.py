@@ -483,7 +483,7 @@ class Config:
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     compute: ComputeConfig = Field(default_factory=ComputeConfig)
     faults: FaultsConfig = Field(default_factory=FaultsConfig)
-    grpo: GrpoConfig | None = None
+    grpo: GrpoConfig | None = Field(None, description="policy optimisation; none = a run of another kind")
 
     def __post_init__(self):
         if self.grpo is not None and self.batch_size % self.grpo.group_size:
