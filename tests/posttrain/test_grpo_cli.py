@@ -14,8 +14,10 @@ from click.testing import CliRunner
 from dsjax import config as configuration
 from dsjax.cli import cli
 from dsjax.config import ConfigError
+from dsjax.hub.convert import export_checkpoint
 from dsjax.posttrain import recipes
 from dsjax.train import layout
+from dsjax.train.lines import read_lines
 
 SMALL = [
     "--task=PROBLEMS", "--style=plain", "--batch-size=16", "--grpo.group-size=8", "--grpo.max-tokens=6",
@@ -71,15 +73,18 @@ def test_what_is_wrong_is_one_line(arguments, message, source, tmp_path, monkeyp
     assert last.startswith(f"dsjax: {message}".replace("SOURCE", str(source))), result.stderr
 
 
-def test_a_hub_folder_is_sent_to_the_converter(tmp_path):
-    import checkpoints
-
-    kind = checkpoints.KINDS["deepseek_v3"]
-    hub = checkpoints.write(tmp_path / "hub", checkpoints.draw(kind), kind)
-    result = CliRunner().invoke(cli, ["grpo", str(hub), "--task=parity:8"])
-    assert result.exit_code == 2
-    expected = f"dsjax: {hub}: a Hub folder; `dsjax convert import {hub} runs/NAME` makes a run of it\n"
-    assert result.stderr == expected
+@pytest.mark.slow
+def test_a_hub_folder_becomes_a_run(source, problems, tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:1])
+    hub, run = tmp_path / "hub", tmp_path / "run"
+    export_checkpoint(source, hub)
+    settings = ["--style=plain", "--batch-size=8", "--grpo.group-size=4", "--grpo.max-tokens=4", "--seq-len=32"]
+    for steps in (1, 2):
+        asked = ["grpo", str(hub), f"--task={problems}", f"--run={run}", f"--steps={steps}", *settings]
+        result = CliRunner().invoke(cli, asked)
+        assert result.exit_code == 0, result.stderr
+        assert max(row["step"] for row in read_lines(run / "metrics.jsonl") if row["kind"] == "train") == steps
+    assert f"resuming {run} at step 1" in result.stderr
 
 
 def test_a_run_that_came_to_nothing_is_begun_anew_and_one_of_another_model_is_refused(source, problems, tmp_path):
