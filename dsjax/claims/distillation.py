@@ -18,7 +18,7 @@ import numpy as np
 
 from dsjax.claims.long_context import Clock
 from dsjax.claims.r1_zero import N_BITS, base_model, held_out_accuracy, rl_model, write_texts
-from dsjax.config import Config, ConfigError, ModelConfig, replace
+from dsjax.config import Config, ConfigError, ModelConfig, replace, show
 from dsjax.config import load as load_config
 from dsjax.files import read_json, replacing, write_json
 from dsjax.hub.load import load
@@ -69,6 +69,14 @@ def test(folder: Path, n_seeds: int, say: Say, sizes: Sizes = Sizes()) -> dict[s
 
     Raises ConfigError if a training was stopped, or is one of other sizes.
     """
+    if (kept := read_json(folder / "sizes.json")) not in ({}, vars(sizes)):
+        name = next(name for name, value in vars(sizes).items() if kept.get(name) != value)
+        raise ConfigError(
+            f"{folder}: its trainings are of {name}={show(kept.get(name))}, not {show(getattr(sizes, name))}; choose "
+            "another --out"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "sizes.json", vars(sizes))
     clock = Clock()
     teacher = reasoner(folder, say, sizes)
     clock("teacher")

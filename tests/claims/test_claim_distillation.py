@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from dsjax.claims import distillation as claim
 from dsjax.claims.r1_zero import base_model
 from dsjax.cli import cli
-from dsjax.config import replace, save
+from dsjax.config import ConfigError, replace, save
 from dsjax.plan.count import parameters, train_flops
 from dsjax.posttrain.evaluate import Answer
 from dsjax.train import layout
@@ -81,6 +81,15 @@ def test_the_student_alone_learns_until_as_much_is_spent(tmp_path, monkeypatch):
     assert claim.rl_flops(tmp_path / "none") == 0
 
 
+def test_a_folder_keeps_its_sizes(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "reasoner", lambda *_: 1 / 0)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            claim.test(tmp_path / "out", 1, print)
+    with pytest.raises(ConfigError, match=r"out: its trainings are of chains=0.02, not 0.1; choose another --out"):
+        claim.test(tmp_path / "out", 1, print, claim.Sizes(chains=0.1))
+
+
 def test_the_student_is_the_smaller():
     assert parameters(STUDENT.model).active_body < parameters(base_model(0).model).active_body / 2.5
     assert STUDENT.seq_len == base_model(0).seq_len
@@ -90,7 +99,7 @@ def test_the_student_is_the_smaller():
 def test_all_of_it_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:1])
     sizes = claim.Sizes(base_steps=80, teacher_steps=2, problems=96, samples=2, epochs=2, asked=8)
-    monkeypatch.setattr(claim.test, "__defaults__", (sizes,))
+    monkeypatch.setattr(claim, "Sizes", lambda **_: sizes)
     out = str(tmp_path / "out")
     result = CliRunner().invoke(cli, ["claims", "distillation", "--seeds", "1", "--out", out, "--json"])
     assert result.exit_code in (0, 1), result.output
