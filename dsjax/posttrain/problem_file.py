@@ -46,7 +46,8 @@ class ProblemFile:
         self._problems = [problem for _, problem in problems if _hash(problem) not in apart]
         self._heldout = [problem for _, problem in held]
         self._order = functools.lru_cache(2)(self._order)
-        self._judging = Judging(self.weights)
+        used = {name for _, problem in (*problems, *held) for name in problem.facts.get("rewards", self.weights)}
+        self._judging = Judging(name for name in self.weights if name in used)
 
     def __enter__(self):
         return self
