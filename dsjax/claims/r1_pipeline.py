@@ -250,7 +250,7 @@ def write_texts(folder: Path, seed: int = 0) -> Path:
 def recipe(base: Path, text: Path, seed: int, rl_steps: int) -> str:
     """The pipeline with the ablation in it."""
     places = {"row": ROW, "longest": LONGEST, "seed": seed, "answers": ANSWERS}
-    numbers = {"steps": rl_steps, "last": max(1, rl_steps // 2), "problems": PROBLEMS // 8}
+    numbers = {"steps": rl_steps, "last": rl_steps, "problems": PROBLEMS // 8}
     return RECIPE.format(base=base, text=text, sft=SFT.format(**places), rl=RL.format(**places), **places, **numbers)
 
 

@@ -133,9 +133,7 @@ Examples:
   dsjax claims r1_pipeline
   dsjax claims r1_pipeline --seed=1 --out runs/pipeline-1""",
 )
-@click.option(
-    "--rl-steps", type=POSITIVE, default=30, show_default=True, help="Steps of reasoning RL; half at the end."
-)
+@click.option("--rl-steps", type=POSITIVE, default=30, show_default=True, help="Steps of each stage of RL.")
 @click.option("--out", metavar="FOLDER", help="Runs, claim.json and claim.png.  [default: runs/claims-r1_pipeline]")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
 def claims_r1_pipeline(rl_steps: int, out: str | None, as_json: bool, changes: dict[str, str]):
