@@ -79,6 +79,7 @@ def test_the_whole_model_is_the_one_that_quantises_at_every_use():
     np.testing.assert_array_equal(logits(kept, TOKENS), logits(plain, TOKENS))
 
 
+@pytest.mark.slow
 def test_the_engine_gives_the_text_of_one_that_quantises_at_every_use(monkeypatch):
     """Bit for bit, and mostly what the whole forward pass, which quantises wkv_b too, holds for likeliest."""
     texts = []

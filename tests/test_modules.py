@@ -35,7 +35,7 @@ DOORS = {
     "dsjax.infer": ("dsjax.data", "dsjax.hub", "dsjax.train"),
     "dsjax.hub": ("dsjax.data", "dsjax.train"),
     "dsjax.plan": ("dsjax.train",),
-    "dsjax.posttrain": ("dsjax.data", "dsjax.hub"),
+    "dsjax.posttrain": ("dsjax.data", "dsjax.hub", "dsjax.plan"),
     "dsjax": ("dsjax.hub",),  # dsjax.load, on first use
 }
 

@@ -10,12 +10,12 @@ the same call at any time goes on with the pipeline.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsjax import __version__
 from dsjax import config as configuration
 from dsjax.config import Config, ConfigError, override, show
 from dsjax.data.sources import parse_source, source_files
@@ -87,7 +87,9 @@ class _Pipeline:
                 self.say(f"stage {stage.number} ({stage.name}) was ended; the same command goes on from there")
                 return {**self.kept, "done": False}
             if stage.kind != "traces":
-                page.write(self.folder / stage.folder, self.folder / stage.folder / "report.html", None, __version__)
+                page.write(
+                    self.folder / stage.folder, self.folder / stage.folder / "report.html", None, version("dsjax")
+                )
             entry = {"given": dict(stage.given), "folder": stage.folder, **came}
             self.kept["stages"].append({**entry, "seconds": round(time.perf_counter() - began, 1)})
             self._write()

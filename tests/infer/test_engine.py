@@ -375,7 +375,13 @@ def test_expert_load_counts_every_token_once():
     assert engine.load.shape == (1, CFG.n_routed_experts)
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"expert": 2, "tensor": 2}], ids=["one device", "four"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"fsdp": 1}, id="one device"),
+        pytest.param({"expert": 2, "tensor": 2}, id="four", marks=pytest.mark.slow),
+    ],
+)
 def test_experts_of_several_places_that_change_give_the_same_texts(sizes):
     clients = [Client(prompt) for prompt in PROMPTS]
     options = {"redundant_experts": 4, "rebalance_steps": 3, "cache_tokens": 320}
@@ -395,7 +401,13 @@ def test_places_that_no_device_can_share_are_refused():
         Engine(it, EngineConfig(**OPTIONS, redundant_experts=3))
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2}, {"expert": 2, "tensor": 2}], ids=["data", "expert and tensor"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"data": 2}, id="data", marks=pytest.mark.slow),
+        pytest.param({"expert": 2, "tensor": 2}, id="expert and tensor"),
+    ],
+)
 def test_a_mesh_gives_the_same_texts(sizes):
     clients = [Client(prompt) for prompt in PROMPTS]
     engine = serve(clients, sizes=tuple(sizes.items()), cache_tokens=160)
@@ -404,6 +416,7 @@ def test_a_mesh_gives_the_same_texts(sizes):
         assert client.tokens == alone(tuple(prompt))
 
 
+@pytest.mark.slow
 def test_a_kernel_that_reads_pages_in_place_gives_the_same_texts(monkeypatch):
     monkeypatch.setitem(paged_attention.IMPLEMENTATION_BY_PLATFORM, "cpu", "pallas_interpret")  # writes whole pages
     interpreted = paged_attention.IMPLEMENTATIONS["pallas_interpret"]

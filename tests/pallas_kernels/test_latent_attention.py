@@ -120,7 +120,13 @@ def test_unknown_implementation_is_an_error():
         latent_attention(*operands(1), jnp.zeros(B, jnp.int32), SCALE, "mosaic")
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"fsdp": 2, "expert": 2, "tensor": 2}], ids=["one device", "eight"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"fsdp": 1}, id="one device"),
+        pytest.param({"fsdp": 2, "expert": 2, "tensor": 2}, id="eight", marks=pytest.mark.slow),
+    ],
+)
 def test_a_model_decodes_with_the_kernel_as_with_the_definition(sizes, monkeypatch):
     """Three tokens at once and then one, after prompts of different length."""
     monkeypatch.setitem(module.IMPLEMENTATION_BY_PLATFORM, "cpu", "pallas_interpret")

@@ -165,6 +165,7 @@ def test_its_gradient_is_that_of_the_definition(top_k, share):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_less_the_teachers_entropy_it_bounds_the_divergence_from_below_and_meets_it_with_all_tokens():
     (hidden, head), (targets, valid), _ = drawn(1, 1.0)
     mask = np.asarray(valid)

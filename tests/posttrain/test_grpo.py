@@ -229,6 +229,7 @@ def test_several_updates_learn_from_what_was_sampled_at_once(source, tmp_path, m
         train(source, tmp_path / "other", updates=3)
 
 
+@pytest.mark.slow
 def test_the_ratio_can_be_to_the_trainers_own_log_probabilities(source, tmp_path, monkeypatch):
     """With one update they are those of the policy that learns: the ratio is 1, bit for bit."""
     seen, shared = [], grpo.Programs
@@ -251,6 +252,7 @@ def test_the_ratio_can_be_to_the_trainers_own_log_probabilities(source, tmp_path
     assert seen[0] <= 5e-7 < 5e-6 and seen[1] > 0  # two programs: to rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [1, 2])
 def test_the_policy_becomes_the_reference(source, tmp_path, monkeypatch, updates):
     replaced = {}
@@ -285,6 +287,7 @@ def test_a_step_with_nan_is_skipped_told_of_and_counted(source, tmp_path, monkey
     assert not same(seen[0], seen[1]) and same(seen[1], seen[2])
 
 
+@pytest.mark.slow
 def test_a_run_that_only_gets_nan_ends_in_one_line(source, tmp_path):
     class Mad(toys.Low):
         def judge(self, problems, texts):
@@ -294,6 +297,7 @@ def test_a_run_that_only_gets_nan_ends_in_one_line(source, tmp_path):
         train(source, tmp_path / "run", Mad(), max_skipped_steps=2, eval_prompts=0)
 
 
+@pytest.mark.slow
 def test_answers_that_are_cut_off_can_pay_or_be_left_out(source, tmp_path, monkeypatch):
     seen = []
     right = grpo.rows.rollouts

@@ -83,8 +83,9 @@ class Weighed:
         self.weights = {"accuracy": weight}
 
 
-def test_what_is_no_mix_is_said(files, tmp_path):
-    one, other = map(str, files)
+def test_what_is_no_mix_is_said(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # messages cut long paths short
+    one, other = (str(file.relative_to(tmp_path)) for file in files)
     for spec, options, message in (
         (f"{one}:0,{other}", {}, rf"^task={one}:0: expected a weight greater than 0 behind the last colon, as in :0.5"),
         (f"{one}:x,{other}", {}, rf"^task={one}:x: expected a weight"),

@@ -81,6 +81,7 @@ def test_the_import_exports_to_the_same_bytes(hub, imported, tmp_path):
         assert stored.read(...).tobytes() == ours[name].read(...).tobytes(), name
 
 
+@pytest.mark.slow
 def test_it_is_trained_further_and_handed_back(imported, tmp_path):
     mine = tmp_path / "mine"
     shutil.copytree(imported, mine)

@@ -257,6 +257,7 @@ def test_an_average_moves_between_host_and_devices(texts, tmp_path):
     assert_follows(tmp_path, device, range(1, 10))
 
 
+@pytest.mark.slow
 def test_every_option_at_once_resumes_too(texts, tmp_path, monkeypatch):
     config = runs.micro(
         texts,
