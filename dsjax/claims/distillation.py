@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dsjax.claims import runs
 from dsjax.claims.long_context import Clock
 from dsjax.claims.r1_zero import N_BITS, base_model, held_out_accuracy, rl_model, write_texts
 from dsjax.config import Config, ConfigError, ModelConfig, replace, show
@@ -191,20 +192,17 @@ def _pretrained(config: Config, run: Path, chains: float | None, say: Say) -> Pa
     share = {} if chains is None else {"chain_share": chains}
     text = write_texts(run.with_name(f"{run.name}-text"), seed=config.seed, **share)
     config = replace(config, data=replace(config.data, sources=(str(text),)))
-    if _done(run) < config.steps:
-        say(f"{run}: pre-training")
-        loop.train(config, run, quiet=True, explicit={"steps": config.steps})
-    return _whole(run, config.steps)
+    return runs.pretrained(config, run, None, "pre-training", say)
 
 
 def _reinforced(base: Path, run: Path, steps: int, say: Say) -> Path:
     """The run of policy optimisation from a base, with the settings of `dsjax claims r1_zero`, taken to that step."""
-    if _done(run) < steps:
+    if runs.done(run) < steps:
         say(f"{run}: reinforcement learning to step {steps}")
         config = rl_model(load_config(base / "config.json"), steps)
         source = None if (run / "checkpoints").exists() else base
         grpo.train(config, run, source=source, explicit={"steps": steps}, quiet=True)
-    return _whole(run, steps)
+    return runs.whole(run, steps)
 
 
 def _taught(
@@ -228,7 +226,7 @@ def _taught(
     config = load_config(run / "student" / "config.json")
     lines = read_lines(answers_of(run / "traces" / "traces.jsonl"))
     answers = [Answer(*(line[name] for name in Answer._fields)) for line in lines if "asked" not in line]
-    _whole(run / "student", config.steps)
+    runs.whole(run / "student", config.steps)
     return run / "student", teaching_flops(load_config(teacher / "config.json"), config, answers, N_BITS)
 
 
@@ -238,19 +236,8 @@ def _alone(student: Path, run: Path, budget: float, say: Say) -> tuple[Path, flo
     config = rl_model(load_config(student / "config.json"), 1)
     while (spent := rl_flops(run)) < budget:
         last = _steps_flops(run)[-5:] or [step_flops(config, config.batch_size * (N_BITS + 2), N_BITS)]
-        _reinforced(student, run, _done(run) + math.ceil((budget - spent) / np.mean(last)), say)
+        _reinforced(student, run, runs.done(run) + math.ceil((budget - spent) / np.mean(last)), say)
     return run, spent
-
-
-def _done(run: Path) -> int:
-    return max((row["step"] for row in read_lines(run / "metrics.jsonl") if row["kind"] == "train"), default=0)
-
-
-def _whole(run: Path, steps: int) -> Path:
-    if (done := _done(run)) != steps:
-        hint = "the same command goes on from there" if done < steps else "choose another --out"
-        raise ConfigError(f"{run}: stopped at step {done} of {steps}; {hint}")
-    return run
 
 
 def _measured(run: Path, path: Path, n: int) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from dsjax.claims.runs import pretrained
 from dsjax.config import (
     BalanceConfig,
     Config,
-    ConfigError,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -35,7 +35,6 @@ from dsjax.files import write_json, write_text
 from dsjax.hub.load import load
 from dsjax.infer import needle
 from dsjax.train import loop
-from dsjax.train.lines import read_lines
 
 FACTOR = 8
 KEYS = "ABCDEFGH"
@@ -107,9 +106,9 @@ def test(config: Config, steps: int, trials: int, folder: Path, say: Callable[[s
     config = replace(config, data=replace(config.data, sources=(f"{text}/short.jsonl",)))
     longer = phase(config, steps)
     longer = replace(longer, data=replace(longer.data, sources=(f"{text}/long.jsonl", f"{text}/short.jsonl:0.2")))
-    _train(config, folder / "short", None, say)
+    pretrained(config, folder / "short", None, "training", say)
     clock("short")
-    _train(longer, folder / "long", folder / "short", say)
+    pretrained(longer, folder / "long", folder / "short", "training", say)
     clock("long")
     before, after = load(folder / "short"), load(folder / "long")
     plain = replace(config.model, max_position_embeddings=longer.seq_len)
@@ -236,17 +235,3 @@ def document(draw: random.Random, n_bytes: int, n_keys: int, fill: float, asking
 
 def _write(path: Path, texts: Iterator[str]) -> None:
     write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def _train(config: Config, run: Path, source: Path | None, say) -> None:
-    """Trains a run that is not trained yet to its last step."""
-    if _done(run) < config.steps:
-        say(f"{run}: training")
-        loop.train(config, run, quiet=True, explicit={"steps": config.steps}, source=source)
-    if (done := _done(run)) != config.steps:
-        hint = "the same command goes on from there" if done < config.steps else "choose another --out"
-        raise ConfigError(f"{run}: stopped at step {done} of {config.steps}; {hint}")
-
-
-def _done(run: Path) -> int:
-    return max((row["step"] for row in read_lines(run / "metrics.jsonl") if row["kind"] == "train"), default=0)

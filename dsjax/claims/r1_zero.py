@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from dsjax.claims import runs
 from dsjax.config import (
     BalanceConfig,
     Config,
-    ConfigError,
     DataConfig,
     EngineConfig,
     GrpoConfig,
@@ -164,17 +164,22 @@ def test(config: Config, n_seeds: int, rl_steps: int, folder: Path, say: Callabl
         for name, share in (("base", CHAIN_SHARE), ("no_chain_base", 0.0)):
             text = write_texts(folder / f"text-{seed}-{share}", chain_share=share, seed=seed)
             bases[name] = replace(cfg, data=replace(cfg.data, sources=(str(text),)))
-            _pretrain(bases[name], here / name, None, say)
-        _pretrain(replace(bases["base"], steps=more_steps), here / "more", here / "base", say)
+            runs.pretrained(bases[name], here / name, None, "pre-training", say)
+        longer = replace(bases["base"], steps=more_steps)
+        runs.pretrained(longer, here / "more", here / "base", "pre-training", say)
         task = Parity(N_BITS, seed)
-        runs = {"rl": ("base", task), "shuffled": ("base", Shuffled(N_BITS, seed)), "no_chain": ("no_chain_base", task)}
-        for name, (base, of) in runs.items():
+        asked = {
+            "rl": ("base", task),
+            "shuffled": ("base", Shuffled(N_BITS, seed)),
+            "no_chain": ("no_chain_base", task),
+        }
+        for name, (base, of) in asked.items():
             _reinforce(rl_model(bases[base], rl_steps), here / name, here / base, of, say)
         found[seed] = {
             "before": held_out_accuracy(load(here / "base")),
             "before_sampled": held_out_accuracy(load(here / "base"), n=1024, temperature=1.0),
             "more": held_out_accuracy(load(here / "more")),
-            "curves": {name: _curves(here / name) for name in runs},
+            "curves": {name: _curves(here / name) for name in asked},
         }
     result = compare(found)
     whole = {
@@ -265,31 +270,12 @@ def draw(seeds: dict[int, dict[str, Any]], path: Path) -> None:
             figure.savefig(file, dpi=110)
 
 
-def _pretrain(config: Config, run: Path, source: Path | None, say) -> None:
-    if (done := _done(run)) < config.steps:
-        say(f"{run}: pre-training")
-        loop.train(config, run, quiet=True, explicit={"steps": config.steps}, source=source)
-        done = _done(run)
-    _check_done(run, done, config.steps)
-
-
 def _reinforce(config: Config, run: Path, source: Path, task: Parity, say) -> None:
-    if (done := _done(run)) < config.steps:
+    if runs.done(run) < config.steps:
         say(f"{run}: policy optimisation")
         begun = (run / "checkpoints").exists()
         grpo.train(config, run, quiet=True, source=None if begun else source, task=task)
-        done = _done(run)
-    _check_done(run, done, config.steps)
-
-
-def _check_done(run: Path, done: int, steps: int) -> None:
-    if done != steps:
-        hint = "the same command goes on from there" if done < steps else "choose another --out"
-        raise ConfigError(f"{run}: stopped at step {done} of {steps}; {hint}")
-
-
-def _done(run: Path) -> int:
-    return max((row["step"] for row in read_lines(run / "metrics.jsonl") if row["kind"] == "train"), default=0)
+    runs.whole(run, config.steps)
 
 
 def _curves(run: Path) -> dict[str, list[float]]:

@@ -25,7 +25,7 @@ from dsjax.hub.load import Loaded
 from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request
 from dsjax.posttrain import rows, telling
-from dsjax.posttrain.evaluate import RIGHT, pass_at, powers
+from dsjax.posttrain.evaluate import RIGHT, is_right, pass_at, powers
 from dsjax.posttrain.exact import ExactEngine
 from dsjax.posttrain.policy import Programs, objective_of
 from dsjax.posttrain.rollouts import Group, Rollouts, judged
@@ -201,7 +201,7 @@ class Run:
     def _first(self, model, router_bias) -> PolicyState:
         state = start_state(model, router_bias, self.config)
         reference = self.objective.kl_weight > 0
-        copy = (lambda tree: jax.tree.map(jnp.copy, tree)) if reference else (lambda tree: None)
+        copy = _copy if reference else (lambda tree: None)
         return PolicyState(**vars(state), reference=copy(model), reference_bias=copy(router_bias))
 
     def _abstract(self) -> PolicyState:
@@ -244,20 +244,18 @@ class Run:
         """Samples, judges and learns; the numbers of the last step, and of all answers."""
         config, grpo, began = self.config, self.config.grpo, time.perf_counter()
         if state.reference is not None and done and done % grpo.reference_every < grpo.updates:
-            copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
-            state = state.replace(reference=copy(state.model), reference_bias=copy(state.router_bias))
+            state = state.replace(reference=_copy(state.model), reference_bias=_copy(state.router_bias))
         groups, replaced = self._groups(done, state)
         sampled = time.perf_counter()
-        self.numbers = self._measure(groups) | {"resampled": replaced}
+        numbers = self._measure(groups) | {"resampled": replaced}
         per_step, apart = config.batch_size // grpo.group_size, {}
         for update in range(grpo.updates):
             mine = groups[update * per_step : (update + 1) * per_step]
             state, said = self._learn(done, done + update, mine, state)
-            apart = apart or {
-                name: said[name] for name in ("gap", "gap_max")
-            }  # later the weights are not the sampler's
+            # In later steps the weights are not the sampler's.
+            apart = apart or {name: said[name] for name in ("gap", "gap_max")}
         seconds = {"sample_s": sampled - began, "learn_s": time.perf_counter() - sampled}
-        return state, {**self.numbers, **said, **apart, **seconds}
+        return state, {**numbers, **said, **apart, **seconds}
 
     def _groups(self, done: int, state: PolicyState) -> tuple[list[Group], int]:
         """The round's groups; of those without spread, as many as may be are replaced by new ones."""
@@ -404,19 +402,22 @@ class Run:
                 )
                 engine.submit(request)
         engine.run()
-        ends = self.tokenizer.eos_ids
-        texts = [self.tokenizer.decode(t[:-1] if t and t[-1] in ends else t) for t in tokens]
+        texts = list(map(self.rollouts.text, tokens))
         k = grpo.eval_samples
         texts = [begun(problems[i // k], self._template, grpo.style) + text for i, text in enumerate(texts)]
         return [texts[i : i + k] for i in range(0, len(texts), k)], list(map(len, tokens)), reasons.count("length")
+
+
+@jax.jit
+def _copy(tree):
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _passed(parts: list[dict[str, float]], n_samples: int) -> dict[str, float]:
     """pass@1 to pass@n_samples; nothing where no reward says whether an answer is right."""
     if not all(set(p) & set(RIGHT) for p in parts):
         return {}
-    right = [all(p[name] >= 1 for name in RIGHT if name in p) for p in parts]
-    solved = np.array(right).reshape(-1, n_samples).sum(axis=1)
+    solved = np.array([is_right(p) for p in parts]).reshape(-1, n_samples).sum(axis=1)
     return {f"pass_{k}": float(np.mean([pass_at(k, n_samples, int(n)) for n in solved])) for k in powers(n_samples)}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from dsjax.config import ConfigError, nearest, show
 from dsjax.posttrain.judging import Judging, lack, read_weights
-from dsjax.posttrain.problem import Problem
+from dsjax.posttrain.problem import Opened, Problem
 from dsjax.posttrain.rewards.gym import check, gym_answer, make_dataset
 
 _N_HELDOUT = 128
@@ -23,7 +23,7 @@ _TRIES = 64
 _HASHED = ("isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder")
 
 
-class Gym:
+class Gym(Opened):
     """A data set of reasoning-gym. A problem to learn from is a function of seed and index.
 
     Held-out problems are made from a seed of their own; one to learn from that has the same question is replaced by
@@ -41,12 +41,6 @@ class Gym:
         if missing := lack(self.heldout()[0], weights):
             raise ConfigError(f"gym:{dataset}: {missing}")
         self._judging = Judging(weights)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
     def close(self) -> None:
         self._judging.close()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dsjax.config import ConfigError, show
-from dsjax.posttrain.problem import Problem
+from dsjax.posttrain.problem import Opened, Problem
 
 FACT = "task"  # of a mix's problems: the number of the task that they are of
 _NEXT = re.compile(r",(?=gym:|parity:|[^,]*\.jsonl(?::[^,]*)?(?:,|$))")  # what divides: a gym's options have commas too
@@ -44,7 +44,7 @@ def _weighted(name: str) -> tuple[str, float]:
     return found[1], weight
 
 
-class TaskMix:
+class TaskMix(Opened):
     """Tasks drawn from by weight. A part of the reward has one weight, whichever tasks have it: that of `weights`, or
     the tasks' own.
 
@@ -66,12 +66,6 @@ class TaskMix:
                     )
         self._which: list[tuple[int, int]] = []  # of each problem: the task, and its number there
         self._taken = np.zeros(len(self.tasks), int)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
     def close(self) -> None:
         with ExitStack() as stack:

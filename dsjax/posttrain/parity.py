@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 
 from dsjax.config import ConfigError, show
-from dsjax.posttrain.problem import Problem
+from dsjax.posttrain.problem import Opened, Problem
 
 _N_HELDOUT = 256  # problems to measure with
 _ALL = 16  # bits up to which all strings are looked at for held-out ones
@@ -61,7 +61,7 @@ def draw_bits(draw: random.Random, n_bits: int, heldout: bool = False) -> str:
             return bits
 
 
-class Parity:
+class Parity(Opened):
     """The parity of n_bits random bits. A problem to learn from is a function of seed and index."""
 
     def __init__(self, n_bits: int, seed: int = 0):
@@ -69,15 +69,6 @@ class Parity:
             raise ConfigError(f"parity:{n_bits}: expected 8 to 4096 bits")
         self.n_bits, self.seed = n_bits, seed
         self.name, self.weights = f"parity:{n_bits}", {"accuracy": 1.0}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self) -> None:
-        """It holds nothing."""
 
     def problem(self, index: int) -> Problem:
         return _problem(draw_bits(random.Random(f"parity {self.n_bits} {self.seed} {index}"), self.n_bits))

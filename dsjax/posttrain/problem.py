@@ -15,6 +15,19 @@ class Problem:
     facts: Mapping[str, Any] = field(default_factory=dict)  # what else a reward asks for: a program's tests, a language
 
 
+class Opened:
+    """A task as a context, which `close` ends."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """It holds nothing, unless it says otherwise."""
+
+
 Judge = Callable[[Problem, str], float]  # what a text is worth; called from several threads
 
 

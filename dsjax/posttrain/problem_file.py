@@ -15,14 +15,14 @@ import numpy as np
 
 from dsjax.config import ConfigError, show
 from dsjax.posttrain.judging import Judging, lack, read_weights
-from dsjax.posttrain.problem import Problem
+from dsjax.posttrain.problem import Opened, Problem
 from dsjax.posttrain.rewards.answer import last_answer, last_boxed, without_thinking
 from dsjax.posttrain.rewards.choice import chosen_letter
 
 _HELDOUT = 8  # of 256 problems
 
 
-class ProblemFile:
+class ProblemFile(Opened):
     """The problems of a file: each once an epoch, in an order that is a function of seed and epoch.
 
     heldout: a file of problems to measure with; those to learn from are the others. The same file: all of them are to
@@ -48,12 +48,6 @@ class ProblemFile:
         self._order = functools.lru_cache(2)(self._order)
         used = {name for _, problem in (*problems, *held) for name in problem.facts.get("rewards", self.weights)}
         self._judging = Judging(name for name in self.weights if name in used)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
     def close(self) -> None:
         self._judging.close()

@@ -183,13 +183,13 @@ class Rollouts:
     def _judge(self, group: Group) -> None:
         """Begins to judge a group that is done, beside the sampling of others."""
         if group.done:
-            texts = [self.begun(group.problem) + self.text(answer) for answer in group.answers]
+            texts = [self.begun(group.problem) + self.text(answer.tokens) for answer in group.answers]
             group.parts = self.judges.submit(judged, self.task, [group.problem] * len(texts), texts)
 
-    def text(self, answer: Answer) -> str:
-        """Without the token that ended it."""
-        ended = answer.tokens and answer.tokens[-1] in self.tokenizer.eos_ids
-        return self.tokenizer.decode(answer.tokens[:-1] if ended else answer.tokens)
+    def text(self, tokens: list[int]) -> str:
+        """Of an answer, without the token that ended it."""
+        ended = tokens and tokens[-1] in self.tokenizer.eos_ids
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens)
 
     def _choose(self) -> list[Group]:
         """n_groups that are done, the oldest of them, if no group gets staler than allowed without them; else none.
