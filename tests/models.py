@@ -1,11 +1,15 @@
 """The smallest models that have every part, with weights drawn by NumPy (no compilation), and batches for them."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from dsjax.config import BalanceConfig, ComputeConfig, Config, ModelConfig, OptimizerConfig, RopeScaling, replace
+from dsjax.data.tokenizer import bytes_tokenizer
+from dsjax.hub.load import Loaded
 from dsjax.model import moe as moe_module
 from dsjax.model.transformer import DeepSeek, init_router_bias
 from dsjax.precision import weight_name
@@ -13,6 +17,7 @@ from dsjax.state import Batch, RouterBias, TrainState
 from dsjax.train.optimizer import make_optimizer
 from dsjax.train.spikes import new_history
 from dsjax.train.step import init_state
+from sharding.mesh import make_mesh
 from sharding.rules import spec
 
 VOCAB = 48
@@ -101,6 +106,15 @@ def draw(model: ModelConfig, seed: int = 0) -> tuple[DeepSeek, RouterBias]:
     bias = jax.eval_shape(lambda: init_router_bias(model))
     bias = jax.tree.map(lambda a: jnp.asarray(0.1 * rng.normal(size=a.shape), jnp.float32), bias)
     return jax.tree_util.tree_map_with_path(value, abstract), bias
+
+
+def of_bytes(folder: Path, model: ModelConfig, seq_len: int = 64) -> Loaded:
+    """A model on one device as from a run folder, with drawn weights and the tokenizer of bytes, which is put there."""
+    bytes_tokenizer().save(folder / "tokenizer.json")
+    mesh = make_mesh(jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        weights, bias = draw(model)
+    return Loaded(weights, bias, mesh, Config(model=model, seq_len=seq_len, compute=COMPUTE), folder)
 
 
 def leaf_name(path) -> str:

@@ -2,16 +2,12 @@
 
 import json
 
-import jax
 import models
 import pytest
 
-from dsjax.config import Config, ConfigError, EngineConfig
-from dsjax.data.tokenizer import bytes_tokenizer
-from dsjax.hub.load import Loaded
+from dsjax.config import ConfigError, EngineConfig
 from dsjax.infer.batch import run_batch
 from dsjax.infer.engine import Engine
-from sharding.mesh import make_mesh
 
 OPTIONS = EngineConfig(max_rows=4, page_size=8, prefill_chunk=16)
 CFG = models.v3(num_hidden_layers=2, max_position_embeddings=64, vocab_size=264)
@@ -20,11 +16,7 @@ CFG = models.v3(num_hidden_layers=2, max_position_embeddings=64, vocab_size=264)
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    bytes_tokenizer().save(folder / "tokenizer.json")
-    mesh = make_mesh(jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        model, bias = models.draw(CFG)
-    return Loaded(model, bias, mesh, Config(model=CFG, seq_len=64, compute=models.COMPUTE), folder)
+    return models.of_bytes(folder, CFG)
 
 
 def write(path, records):

@@ -4,22 +4,19 @@ import itertools
 import json
 from collections import Counter
 
-import jax
 import models
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsjax.config import Config, ConfigError
-from dsjax.data.tokenizer import bytes_tokenizer
-from dsjax.hub.load import Loaded, logits
+from dsjax.config import ConfigError
+from dsjax.hub.load import logits
 from dsjax.infer.engine import Engine
 from dsjax.posttrain import evaluate as evaluation
 from dsjax.posttrain.evaluate import Asking, Judged, canonical, evaluate, majority, pass_at, powers
 from dsjax.posttrain.problem import Problem
 from dsjax.posttrain.tasks import open_task
-from sharding.mesh import make_mesh
 
 CFG = models.v3(num_hidden_layers=2, max_position_embeddings=64, vocab_size=264)
 
@@ -64,11 +61,7 @@ def test_answers_are_counted_in_one_form():
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    bytes_tokenizer().save(folder / "tokenizer.json")
-    mesh = make_mesh(jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        model, bias = models.draw(CFG)
-    return Loaded(model, bias, mesh, Config(model=CFG, seq_len=64, compute=models.COMPUTE), folder)
+    return models.of_bytes(folder, CFG)
 
 
 class Letters:

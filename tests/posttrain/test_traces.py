@@ -2,15 +2,13 @@
 
 import json
 
-import jax
 import models
 import numpy as np
 import pytest
 
-from dsjax.config import Config, ConfigError, DataConfig
+from dsjax.config import ConfigError, DataConfig
 from dsjax.data.tokenizer import BOS, EOS, bytes_tokenizer
 from dsjax.hub.chat import ChatTemplate
-from dsjax.hub.load import Loaded
 from dsjax.infer.engine import Engine
 from dsjax.posttrain import traces
 from dsjax.posttrain.chats import read_chats, render_record
@@ -18,7 +16,6 @@ from dsjax.posttrain.evaluate import Answer, Asked
 from dsjax.posttrain.problem import Problem
 from dsjax.posttrain.tasks import begun, encode
 from dsjax.posttrain.traces import language_share, record, write_traces
-from sharding.mesh import make_mesh
 
 CFG = models.v3(num_hidden_layers=2, max_position_embeddings=64, vocab_size=264)
 BYTES = bytes_tokenizer()
@@ -50,11 +47,7 @@ PROBLEMS = [Problem(f"{i}?") for i in range(3)]
 def loaded(tmp_path_factory):
     """A model of which every other token ends an answer."""
     folder = tmp_path_factory.mktemp("model")
-    bytes_tokenizer().save(folder / "tokenizer.json")
-    mesh = make_mesh(jax.devices()[:1])
-    with jax.set_mesh(mesh):
-        model, bias = models.draw(CFG)
-    found = Loaded(model, bias, mesh, Config(model=CFG, seq_len=64, compute=models.COMPUTE), folder)
+    found = models.of_bytes(folder, CFG)
     found.tokenizer.eos_ids = (found.tokenizer.eos_id, *range(134, 264))
     return found
 
