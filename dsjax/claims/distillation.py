@@ -161,15 +161,16 @@ def step_flops(config: Config, answer_tokens: float, n_bits: int) -> float:
 
 
 def rl_flops(run: Path, n_bits: int = N_BITS) -> float:
-    """Of all steps of a run of `dsjax grpo`, as far as it has come."""
+    """Of all saved steps of a run of `dsjax grpo`."""
     return sum(_steps_flops(run, n_bits))
 
 
 def _steps_flops(run: Path, n_bits: int = N_BITS) -> list[float]:
     if not (run / "config.json").is_file():
         return []
-    config, rows = load_config(run / "config.json"), read_lines(run / "metrics.jsonl")
-    return [step_flops(config, row["answer_tokens"], n_bits) for row in rows if row["kind"] == "train"]
+    config, rows, done = load_config(run / "config.json"), read_lines(run / "metrics.jsonl"), runs.done(run)
+    tokens = [row["answer_tokens"] for row in rows if row["kind"] == "train" and row["step"] <= done]
+    return [step_flops(config, n, n_bits) for n in tokens]
 
 
 def learned_by(run: Path) -> list[tuple[float, float]]:

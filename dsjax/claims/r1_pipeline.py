@@ -21,14 +21,13 @@ from typing import Any
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from dsjax.claims import r1_zero
+from dsjax.claims import r1_zero, runs
 from dsjax.config import Config, ConfigError, replace
 from dsjax.data.tokenizer import SPECIALS, Tokenizer
 from dsjax.files import write_json, write_text
 from dsjax.posttrain import r1, stages_picture
 from dsjax.posttrain.parity import draw_bits, is_heldout, parity, parity_chain, parity_prompt
 from dsjax.train import loop
-from dsjax.train.checkpoint import newest_step
 
 N_BITS = 16
 LETTERS = "cdefghijklmn"  # of words
@@ -263,12 +262,7 @@ def test(config: Config, rl_steps: int, folder: Path, say: Callable[[str], None]
     text, base = write_texts(folder / "text", config.seed), folder / "base"
     files = {"sources": (str(text / "base.jsonl"),), "tokenizer": str(text / "tokenizer" / "tokenizer.json")}
     config = replace(config, data=replace(config.data, **files))
-    if (newest_step(base) or 0) < config.steps:
-        say(f"{base}: pre-training")
-        loop.train(config, base, quiet=True, explicit={"steps": config.steps})
-    if (done := newest_step(base) or 0) != config.steps:
-        hint = "the same command goes on from there" if done < config.steps else "choose another --out"
-        raise ConfigError(f"{base}: stopped at step {done} of {config.steps}; {hint}")
+    runs.pretrained(config, base, None, "pre-training", say)
     write_text(folder / "recipe.toml", recipe(base, text, config.seed, rl_steps))
     result = r1.run(folder / "recipe.toml", folder / "run", quiet=True, say=say)
     if not result["done"]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dsjax.config import Config, ConfigError
 from dsjax.train import loop
-from dsjax.train.lines import read_lines
+from dsjax.train.checkpoint import newest_step
 
 
 def pretrained(config: Config, run: Path, source: Path | None, what: str, say: Callable[[str], None]) -> Path:
@@ -18,8 +18,8 @@ def pretrained(config: Config, run: Path, source: Path | None, what: str, say: C
 
 
 def done(run: Path) -> int:
-    """Steps that a run has taken, by its metrics."""
-    return max((row["step"] for row in read_lines(run / "metrics.jsonl") if row["kind"] == "train"), default=0)
+    """Steps of a run that are saved: a kill may have lost those that its metrics tell of beyond."""
+    return newest_step(run) or 0
 
 
 def whole(run: Path, steps: int) -> Path:

@@ -163,7 +163,8 @@ class Run:
                 if self._due(done, config.checkpoint_every) or self.signals.name:
                     with self.journal.goodput.span("checkpoint"):
                         self.checkpoints.save(done, state, {"rollouts": self.rollouts.state})
-            self.checkpoints.wait()
+            if done:
+                self.checkpoints.expect(done)
             self.recorder.draw(at_once=True)
         finally:
             self.rollouts.close()

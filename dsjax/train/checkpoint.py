@@ -150,6 +150,15 @@ class Checkpoints:
         if wrong := processes.first_problem(_few(self._wrong) or None):
             self.set_aside(step, f"the disk does not give back what was written ({wrong})")
 
+    def expect(self, step: int) -> None:
+        """Waits. Raises ConfigError if the newest complete checkpoint is not that of this step."""
+        self.wait()
+        if self.latest() != step:
+            raise ConfigError(
+                f"{self.folder.parent}: step {step} is not saved ({self.problem or 'the lines above say why'}); the "
+                f"older checkpoints are intact: the same command goes on from step {self.latest() or 0}"
+            )
+
     def _failed(self, step: int, problem: str) -> None:
         self._writing, self.problem = None, problem
         with contextlib.suppress(Exception):  # it repeats the error

@@ -302,13 +302,7 @@ class Run:
                     self.signals.name = stop if isinstance(stop, str) else self.signals.name
                     break
         with self.span("checkpoint"):
-            self.checkpoints.wait()
-        if self.checkpoints.latest() != done:
-            why = self.checkpoints.problem or "the lines above say why"
-            raise ConfigError(
-                f"{self.folder}: step {done} is not saved ({why}); the older "
-                f"checkpoints are intact: the same command goes on from step {self.checkpoints.latest() or 0}"
-            )
+            self.checkpoints.expect(done)
         return done
 
     def _compiled(self, first: int, done: int, seconds: float) -> None:

@@ -71,7 +71,9 @@ def test_the_student_alone_learns_until_as_much_is_spent(tmp_path, monkeypatch):
         asked.append(steps)
         save(replace(STUDENT, batch_size=256), run / "config.json")
         rows = [{"kind": "train", "step": n, "answer_tokens": 256 * (2 + n // 2)} for n in range(1, steps + 1)]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        lost = {"kind": "train", "step": steps + 1, "answer_tokens": 256}  # by a kill before it was saved
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, lost]))
+        (run / "checkpoints" / str(steps)).mkdir(parents=True)
 
     monkeypatch.setattr(claim, "_reinforced", reinforced)
     budget = 40 * claim.step_flops(replace(STUDENT, batch_size=256), 256 * 12, 24)

@@ -115,7 +115,7 @@ def test_a_claim_that_was_stopped_goes_on_and_says_what_came_of_it(tmp_path, mon
         "measured": {name: measured(*of) for name, of in GOOD.items()},
     }
     done = iter([False, True, True])
-    monkeypatch.setattr(claim.loop, "train", train)
+    monkeypatch.setattr(claim.runs.loop, "train", train)
     monkeypatch.setattr(claim.r1, "run", lambda *_, **__: {**pipeline, "done": next(done)})
     config = replace(claim.base_model(seed=4), steps=30)
     with pytest.raises(ConfigError, match="run: stopped; the same command goes on from there"):

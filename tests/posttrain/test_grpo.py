@@ -1,6 +1,7 @@
 """The loop on a toy: it learns, goes on after any end with the same answers, and each option does what it says."""
 
 import copy
+import functools
 import json
 import os
 import re
@@ -24,7 +25,7 @@ from dsjax.posttrain.exact import ExactEngine
 from dsjax.posttrain.problem import Problem
 from dsjax.posttrain.rollouts import Rollouts
 from dsjax.posttrain.rows import length_penalty
-from dsjax.train import page, picture
+from dsjax.train import checkpoint, page, picture
 from sharding.mesh import make_mesh
 
 
@@ -128,6 +129,21 @@ def test_a_run_told_to_end_saves_and_goes_on_with_the_same_rewards(whole, source
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     train(source, tmp_path / "run", **settings)
     assert toys.rows(tmp_path / "run") == toys.rows(folder)
+
+
+def test_a_last_step_that_could_not_be_saved_is_told_of(source, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError("INTERNAL: writing: No space left on device\nSource locations:\n  file.cc:12")
+
+    config, folder = toys.config(source, steps=2), tmp_path / "run"
+    again = functools.partial(grpo.train, config, folder, quiet=True, task=toys.Low())
+    again(source=source)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "save", fail)
+        with pytest.raises(ConfigError, match=r"step 3 is not saved \(No space left on device\); .*from step 2"):
+            again(explicit={"steps": "3"})
+    again()
+    assert checkpoint.newest_step(folder) == 3
 
 
 def test_it_is_shown_and_drawn(whole, tmp_path):
