@@ -1,7 +1,9 @@
 """Eight fake CPU devices; shapes of every public function are checked on each call."""
 
+import gc
 import importlib.metadata
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is what tests cost: programs that run once need no optimisation.
@@ -21,6 +23,16 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 # dsjax.state holds pytree dataclasses, which tree_map rebuilds with other leaves: it stays outside the hook.
 CHECKED = ["dsjax.nn", "dsjax.precision", "dsjax.model", "dsjax.train", "dsjax.infer", "sharding", "pallas_kernels"]
 hook = jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Forgets compiled programs in time: each maps memory a few times, and Linux ends a process at 65,530 mappings."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
