@@ -17,7 +17,6 @@ from sharding.mesh import make_mesh
 
 MODEL = models.v3(num_hidden_layers=2)  # a dense layer, a MoE layer, and one of MTP
 FP8 = [name for name, recipe in RECIPES.items() if recipe.mlp]
-QUICK = ("fp8_deepseek",)
 SLOW = [{"data": 2, "fsdp": 2}, {"context": 2, "expert": 2}, {}]
 
 
@@ -107,7 +106,8 @@ def test_with_operands_that_are_not_rounded_the_step_is_that_of_float32(sizes, m
         np.testing.assert_allclose(gradient, wanted[name], atol=limit, err_msg=name)
 
 
-@pytest.mark.parametrize("precision", [p if p in QUICK else pytest.param(p, marks=pytest.mark.slow) for p in FP8])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", FP8)
 def test_the_loss_of_a_step_is_near_that_of_float32(precision):
     loss, gradients = step(precision)
     wanted_loss, wanted = step("float32")

@@ -10,6 +10,7 @@ import pydantic
 import pytest
 from talks import CALL, NAME, SUM, TALKS, WEATHER, asked
 
+pytestmark = pytest.mark.slow  # a model is taught and served first
 TOOL = {
     "type": "function",
     "function": {

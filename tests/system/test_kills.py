@@ -12,6 +12,8 @@ import runs
 
 from dsjax.config import DataConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
@@ -99,7 +101,6 @@ def test_a_run_that_is_killed_and_stopped_goes_on(whole, cache, tmp_path):
     finish(whole, tmp_path, env)
 
 
-@pytest.mark.slow
 def test_a_run_killed_ten_times_at_random_ends_the_same(whole, cache, tmp_path):
     env, draw = runs.environment(cache), random.Random(time.time_ns())
     _, path, _, seconds = whole
@@ -121,7 +122,6 @@ def test_a_run_killed_ten_times_at_random_ends_the_same(whole, cache, tmp_path):
     finish(whole, tmp_path, env)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_at_random_moments_end_a_run_cleanly(whole, cache, tmp_path, number):
     env, draw = runs.environment(cache), random.Random(time.time_ns())
@@ -153,7 +153,6 @@ PHASES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_kill_at_each_phase_of_a_save(whole, cache, tmp_path, phase):
     env, (_, path, _, _) = runs.environment(cache), whole
@@ -176,7 +175,6 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.mark.slow
 def test_a_disk_that_fills_up_costs_nothing_but_the_checkpoints_since(whole, cache, small_disk):
     env, (_, path, _, _) = runs.environment(cache), whole
     run, filler = small_disk / "run", small_disk / "filler"
@@ -196,7 +194,6 @@ def test_a_disk_that_fills_up_costs_nothing_but_the_checkpoints_since(whole, cac
     finish(whole, run, env)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "flipped"])
 def test_a_damaged_newest_checkpoint_costs_what_was_since_the_one_before(whole, cache, tmp_path, how):
     env, (_, path, _, _), draw = runs.environment(cache), whole, random.Random(time.time_ns())
@@ -224,7 +221,6 @@ main()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", ["by itself", "by SIGTERM"])
 def test_a_stalled_source_ends_the_process_and_costs_nothing(whole, cache, tmp_path, stop):
     env, (_, path, _, _) = runs.environment(cache), whole
