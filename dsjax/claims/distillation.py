@@ -19,12 +19,11 @@ import numpy as np
 from dsjax.claims import runs
 from dsjax.claims.long_context import Clock
 from dsjax.claims.r1_zero import N_BITS, base_model, held_out_accuracy, rl_model, write_texts
-from dsjax.config import Config, ConfigError, ModelConfig, replace, show
+from dsjax.config import Config, ModelConfig, replace
 from dsjax.config import load as load_config
 from dsjax.files import read_json, replacing, write_json
 from dsjax.hub.load import load
 from dsjax.plan.count import train_flops
-from dsjax.posttrain import grpo
 from dsjax.posttrain.distill import Traces, distill
 from dsjax.posttrain.evaluate import Answer
 from dsjax.posttrain.parity import Parity
@@ -70,14 +69,7 @@ def test(folder: Path, n_seeds: int, say: Say, sizes: Sizes = Sizes()) -> dict[s
 
     Raises ConfigError if a training was stopped, or is one of other sizes.
     """
-    if (kept := read_json(folder / "sizes.json")) not in ({}, vars(sizes)):
-        name = next(name for name, value in vars(sizes).items() if kept.get(name) != value)
-        raise ConfigError(
-            f"{folder}: its trainings are of {name}={show(kept.get(name))}, not {show(getattr(sizes, name))}; choose "
-            "another --out"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "sizes.json", vars(sizes))
+    runs.only_of(folder, None, **vars(sizes))
     clock = Clock()
     teacher = reasoner(folder, say, sizes)
     clock("teacher")
@@ -193,17 +185,12 @@ def _pretrained(config: Config, run: Path, chains: float | None, say: Say) -> Pa
     share = {} if chains is None else {"chain_share": chains}
     text = write_texts(run.with_name(f"{run.name}-text"), seed=config.seed, **share)
     config = replace(config, data=replace(config.data, sources=(str(text),)))
-    return runs.pretrained(config, run, None, "pre-training", say)
+    return runs.pretrained(config, run, None, say)
 
 
 def _reinforced(base: Path, run: Path, steps: int, say: Say) -> Path:
     """The run of policy optimisation from a base, with the settings of `dsjax claims r1_zero`, taken to that step."""
-    if runs.done(run) < steps:
-        say(f"{run}: reinforcement learning to step {steps}")
-        config = rl_model(load_config(base / "config.json"), steps)
-        source = None if (run / "checkpoints").exists() else base
-        grpo.train(config, run, source=source, explicit={"steps": steps}, quiet=True)
-    return runs.whole(run, steps)
+    return runs.reinforced(rl_model(load_config(base / "config.json"), steps), run, base, say)
 
 
 def _taught(

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dsjax.config import Config, ConfigError, override, replace
+from dsjax.claims.runs import only_of, pretrained
+from dsjax.config import Config, override, replace
 from dsjax.files import replacing, write_json
 from dsjax.train import loop
 from dsjax.train.lines import read_lines
@@ -47,6 +48,7 @@ def test(config: Config, folder: Path, n_seeds: int, say: Callable[[str], None])
 
     Raises ConfigError if a training was stopped, or is one of another configuration.
     """
+    only_of(folder, config)
     losses = {}
     for recipe in (BASE, CLAIMED, *CONTROLS):
         for seed in range(n_seeds):
@@ -104,16 +106,8 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[tuple[str, ...]]]:
 
 def _trained(config: Config, run: Path, say) -> np.ndarray:
     """Losses of every step of a run, which is trained if it is not."""
+    pretrained(config, run, None, say)
     losses = _losses(run)
-    if max(losses, default=0) < config.steps:
-        say(f"{run}: training")
-        loop.train(config, run, quiet=True)
-        losses = _losses(run)
-    done = max(losses, default=0)
-    if done < config.steps:
-        raise ConfigError(f"{run}: stopped at step {done} of {config.steps}; the same command goes on from there")
-    if sorted(losses) != list(range(1, config.steps + 1)):
-        raise ConfigError(f"{run}: a run of {done} steps; expected {config.steps}; choose another --out")
     return np.array([losses[step] for step in sorted(losses)], float)  # NaN for null
 
 

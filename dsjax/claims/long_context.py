@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from dsjax.claims.runs import pretrained
+from dsjax.claims.runs import only_of, pretrained
 from dsjax.config import (
     BalanceConfig,
     Config,
@@ -102,13 +102,14 @@ def test(config: Config, steps: int, trials: int, folder: Path, say: Callable[[s
 
     steps: of the phase. Raises ConfigError if a training was stopped, or is one of another configuration.
     """
+    only_of(folder, config, phase_steps=steps)
     text, clock = write_texts(folder / "text", config.seq_len, config.seed), Clock()
     config = replace(config, data=replace(config.data, sources=(f"{text}/short.jsonl",)))
     longer = phase(config, steps)
     longer = replace(longer, data=replace(longer.data, sources=(f"{text}/long.jsonl", f"{text}/short.jsonl:0.2")))
-    pretrained(config, folder / "short", None, "training", say)
+    pretrained(config, folder / "short", None, say)
     clock("short")
-    pretrained(longer, folder / "long", folder / "short", "training", say)
+    pretrained(longer, folder / "long", folder / "short", say)
     clock("long")
     before, after = load(folder / "short"), load(folder / "long")
     plain = replace(config.model, max_position_embeddings=longer.seq_len)

@@ -30,7 +30,6 @@ from dsjax.config import (
 from dsjax.files import replacing, write_json, write_text
 from dsjax.hub.load import Loaded, load
 from dsjax.infer.generate import generate_tokens
-from dsjax.posttrain import grpo
 from dsjax.posttrain.parity import (
     LETTERS,
     Parity,
@@ -49,6 +48,7 @@ N_BITS = 24
 CHAIN_SHARE = 0.1  # of the documents
 STEPS = 300
 ANSWERS, GROUP = 256, 8  # of a step, and to a prompt
+MORE_SEED = 10_000  # of the documents of more pre-training
 SOLVED, CHANCE = 0.95, 0.1  # accuracy that is a success; distance to one half that is chance
 TOGETHER = 0.8  # least correlation of accuracy and length over the evaluations
 CONTROLS = {"more": "more pre-training", "shuffled": "shuffled rewards", "no_chain": "base without chains"}
@@ -155,18 +155,21 @@ def test(config: Config, n_seeds: int, rl_steps: int, folder: Path, say: Callabl
     Raises ConfigError if a training was stopped, or is one of another configuration.
     """
     began, found = time.perf_counter(), {}
-    # As many tokens forward and backward as the learning, and the forward passes of the sampling, a third as dear.
+    runs.only_of(folder, replace(config, seed=0), rl_steps=rl_steps)
+    # As many tokens forward and backward as the learning, and the forward passes of sampling and reference, each a
+    # third as dear, had all answers been as long as a chain.
     learned = rl_steps * ANSWERS * 2 * (N_BITS + 2)
-    more_steps = math.ceil(learned * 4 / 3 / (config.batch_size * config.seq_len))
+    more_steps = math.ceil(learned * 5 / 3 / (config.batch_size * config.seq_len))
     for seed in range(config.seed, config.seed + n_seeds):
         here, cfg = folder / f"seed-{seed}", replace(config, seed=seed)
         bases = {}
         for name, share in (("base", CHAIN_SHARE), ("no_chain_base", 0.0)):
             text = write_texts(folder / f"text-{seed}-{share}", chain_share=share, seed=seed)
             bases[name] = replace(cfg, data=replace(cfg.data, sources=(str(text),)))
-            runs.pretrained(bases[name], here / name, None, "pre-training", say)
-        longer = replace(bases["base"], steps=more_steps)
-        runs.pretrained(longer, here / "more", here / "base", "pre-training", say)
+            runs.pretrained(bases[name], here / name, None, say)
+        fresh = write_texts(folder / f"text-{seed}-more", seed=MORE_SEED + seed)  # as the questions of GRPO are
+        longer = replace(bases["base"], steps=more_steps, data=replace(cfg.data, sources=(str(fresh),)))
+        runs.pretrained(longer, here / "more", here / "base", say)
         task = Parity(N_BITS, seed)
         asked = {
             "rl": ("base", task),
@@ -174,7 +177,7 @@ def test(config: Config, n_seeds: int, rl_steps: int, folder: Path, say: Callabl
             "no_chain": ("no_chain_base", task),
         }
         for name, (base, of) in asked.items():
-            _reinforce(rl_model(bases[base], rl_steps), here / name, here / base, of, say)
+            runs.reinforced(rl_model(bases[base], rl_steps), here / name, here / base, say, of)
         found[seed] = {
             "before": held_out_accuracy(load(here / "base")),
             "before_sampled": held_out_accuracy(load(here / "base"), n=1024, temperature=1.0),
@@ -212,7 +215,8 @@ def compare(found: dict[int, dict[str, Any]]) -> dict[str, Any]:
             "solved": bool(
                 _is_chance(rl["accuracy"][0]) and ends["rl"] >= SOLVED and rl["length"][-1] > 2 * rl["length"][0]
             ),
-            "flat": all(_is_chance(ends[name]) for name in CONTROLS),
+            "flat": _is_chance(ends["more"])
+            and all(_is_chance(a) for name in ("shuffled", "no_chain") for a in curves[name]["accuracy"]),
         }
     n_solved = sum(of["solved"] and of["together"] > TOGETHER for of in seeds.values())
     flat = all(of["flat"] for of in seeds.values())
@@ -268,14 +272,6 @@ def draw(seeds: dict[int, dict[str, Any]], path: Path) -> None:
         left.legend()
         with replacing(path) as file:
             figure.savefig(file, dpi=110)
-
-
-def _reinforce(config: Config, run: Path, source: Path, task: Parity, say) -> None:
-    if runs.done(run) < config.steps:
-        say(f"{run}: policy optimisation")
-        begun = (run / "checkpoints").exists()
-        grpo.train(config, run, quiet=True, source=None if begun else source, task=task)
-    runs.whole(run, config.steps)
 
 
 def _curves(run: Path) -> dict[str, list[float]]:

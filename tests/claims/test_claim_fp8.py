@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import configs
-from dsjax.claims import fp8
+from dsjax.claims import fp8, runs
 from dsjax.config import ConfigError, replace
 
 RECIPES = (fp8.BASE, fp8.CLAIMED, *fp8.CONTROLS)
@@ -44,13 +44,14 @@ def trained(monkeypatch):
     """Trainings that write their losses at once, up to a step if it is given; what was trained."""
     done = []
 
-    def train(config, run, quiet, stop=20):
+    def train(config, run, stop=20, **_):
         done.append((config.compute.precision, config.seed))
         run.mkdir(parents=True, exist_ok=True)
-        rows = [{"kind": "train", "step": i + 1, "loss": 8.0 - i / 10} for i in range(min(stop, config.steps))]
+        rows = [{"kind": "train", "step": i + 1, "loss": 8.0 - i / 10} for i in range(stop)]
+        (run / "checkpoints" / str(stop)).mkdir(parents=True)
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    monkeypatch.setattr(fp8.loop, "train", train)
+    monkeypatch.setattr(runs.loop, "train", train)
     return done, train
 
 
@@ -68,10 +69,10 @@ def test_every_recipe_is_trained_from_every_seed_once(trained, tmp_path):
 def test_a_training_that_stops_ends_the_claim_and_longer_ones_are_refused(trained, tmp_path, monkeypatch):
     _, train = trained
     with monkeypatch.context() as patch:
-        patch.setattr(fp8.loop, "train", lambda *args, **kwargs: train(*args, **kwargs, stop=7))
+        patch.setattr(runs.loop, "train", lambda *args, **kwargs: train(*args, **kwargs, stop=7))
         with pytest.raises(ConfigError, match="bf16-0: stopped at step 7 of 20; the same command goes on from there"):
             fp8.test(CONFIG, tmp_path, 1, print)
         assert not (tmp_path / "claim.json").exists()
     fp8.test(CONFIG, tmp_path, 1, print)
-    with pytest.raises(ConfigError, match="a run of 20 steps; expected 10; choose another --out"):
+    with pytest.raises(ConfigError, match="its trainings are of steps=20, not 10; choose another --out"):
         fp8.test(replace(CONFIG, steps=10), tmp_path, 1, print)

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from dsjax.claims import r1_zero as claim
-from dsjax.config import replace
+from dsjax.config import ConfigError, replace
 from dsjax.posttrain.parity import is_heldout, parity, parity_chain, parity_short
 from dsjax.train import layout, metrics
 
@@ -38,7 +38,7 @@ def test_shuffled_rewards_are_the_groups_own_and_say_nothing_of_its_answers():
     assert task.judge(held, [problem.answer for problem in held]) == [{"accuracy": 1.0}] * len(held)
 
 
-def of_seed(end=1.0, length=(2.0, 26.0), before=0.5, middle=0.5, **controls):
+def of_seed(end=1.0, length=(2.0, 26.0), before=0.5, middle=0.5, half_way=0.5, **controls):
     def curve(*accuracy, length=(2.0, 2.0, 2.0)):
         return {
             "at": [0, 30, 60],
@@ -57,7 +57,7 @@ def of_seed(end=1.0, length=(2.0, 26.0), before=0.5, middle=0.5, **controls):
         "more": {"accuracy": ends["more"], **said},
         "curves": {
             "rl": curve(before, middle, end, length=longer),
-            "shuffled": curve(0.5, 0.5, ends["shuffled"]),
+            "shuffled": curve(0.5, half_way, ends["shuffled"]),
             "no_chain": curve(0.5, 0.5, ends["no_chain"]),
         },
     }
@@ -79,6 +79,7 @@ GOOD, POOR = of_seed(middle=0.8), of_seed(end=0.75)
         ([GOOD, GOOD, of_seed(more=0.8)], False),  # a control that learns, in any seed
         ([GOOD, GOOD, of_seed(shuffled=0.3)], False),
         ([GOOD, GOOD, of_seed(no_chain=0.65)], False),
+        ([GOOD, GOOD, of_seed(half_way=0.9)], False),
     ],
 )
 def test_it_holds_where_most_learn_and_no_control_does(seeds, holds, tmp_path):
@@ -120,3 +121,6 @@ def test_all_of_it_in_small(tmp_path, monkeypatch):
     assert result["seeds"][7]["curves"]["rl"]["at"] == [0, 2]
     again = claim.test(config, 1, 2, tmp_path, print)
     assert again["seeds"] == result["seeds"]
+    for changed, steps in ((replace(config, steps=5), 2), (config, 3)):
+        with pytest.raises(ConfigError, match="choose another --out"):
+            claim.test(changed, 1, steps, tmp_path, print)
