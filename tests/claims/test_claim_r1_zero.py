@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from dsjax.claims import r1_zero as claim
-from dsjax.config import ConfigError, replace
+from dsjax.config import ConfigError, override, replace
 from dsjax.posttrain.parity import is_heldout, parity, parity_chain, parity_short
 from dsjax.train import layout, metrics
 
@@ -114,6 +114,9 @@ def test_all_of_it_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(metrics.Recorder, "draw", lambda *_, **__: None)
     monkeypatch.setattr(claim, "ANSWERS", 16)
+    accuracy, rl_model = claim.held_out_accuracy, claim.rl_model
+    monkeypatch.setattr(claim, "held_out_accuracy", lambda loaded, n=8, **more: accuracy(loaded, 8, **more))
+    monkeypatch.setattr(claim, "rl_model", lambda *args: override(rl_model(*args), {"grpo.eval_prompts": "8"}))
     config = replace(claim.base_model(7, steps=4), batch_size=8)
     result = claim.test(config, 1, 2, tmp_path, print)
     assert json.loads(json.dumps(result)) == json.loads((tmp_path / "claim.json").read_text())

@@ -126,7 +126,7 @@ def test_a_run_killed_ten_times_at_random_ends_the_same(whole, cache, tmp_path):
 def test_signals_at_random_moments_end_a_run_cleanly(whole, cache, tmp_path, number):
     env, draw = runs.environment(cache), random.Random(time.time_ns())
     _, path, _, _ = whole
-    for moment in (at_row(1, draw.uniform(0, 0.5)), while_writing, at_row(2, draw.uniform(0, 0.5))):
+    for moment in (at_row(1, draw.uniform(0, 0.5)), while_writing):
         code, said = train_and_stop(path, tmp_path, env, number, moment)
         assert code == 0, said
         assert "goes on from there" in said and "Traceback" not in said
@@ -194,15 +194,14 @@ def test_a_disk_that_fills_up_costs_nothing_but_the_checkpoints_since(whole, cac
     finish(whole, run, env)
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped"])
-def test_a_damaged_newest_checkpoint_costs_what_was_since_the_one_before(whole, cache, tmp_path, how):
+def test_a_damaged_newest_checkpoint_costs_what_was_since_the_one_before(whole, cache, tmp_path):
     env, (_, path, _, _), draw = runs.environment(cache), whole, random.Random(time.time_ns())
     train_and_stop(path, tmp_path, env, signal.SIGTERM, at_row(8))
     newest = max((p for p in (tmp_path / "checkpoints").iterdir()), key=lambda p: int(p.name))
     files = sorted(p for p in newest.glob("*/ocdbt.process_0/d/*") if p.stat().st_size > 1000)
     damaged = draw.choice(files)
     data = bytearray(damaged.read_bytes())
-    if how == "flipped":
+    if draw.random() < 0.5:
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
     else:
         del data[draw.randrange(len(data)) :]
