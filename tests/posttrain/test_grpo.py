@@ -17,7 +17,7 @@ import runs
 import toys
 
 from dsjax.config import ConfigError, EngineConfig, replace
-from dsjax.hub.load import Loaded
+from dsjax.hub.load import Loaded, load
 from dsjax.infer.engine import Engine
 from dsjax.infer.requests import Request
 from dsjax.posttrain import grpo
@@ -198,6 +198,14 @@ def test_a_person_is_told_what_is_done_and_where_it_is(source, tmp_path, capsys)
         assert f"\n{line}" in f"\n{said}", line
     train(source, tmp_path / "run", steps=1)
     assert "1 of 1 steps are done; --steps=N gives it more" in capsys.readouterr().err
+
+
+def test_it_begins_with_the_weights_of_a_run_that_keeps_their_average(tmp_path):
+    averaged = toys.source(tmp_path / "micro", ema_decay=0.9)
+    assert len(train(averaged, tmp_path / "run", steps=1)) == 1
+    with jax.set_mesh(make_mesh(jax.devices()[:1])):
+        given, _ = models.draw(toys.base(averaged).model)
+    assert same(load(averaged).model, given)
 
 
 # What each option does.
