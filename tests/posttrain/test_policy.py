@@ -74,7 +74,7 @@ def test_replay_keeps_the_gap_closed_under_router_noise():
 def test_weights_are_of_the_whole_step_and_rows_sorted_by_length():
     cfg = checks.config(accumulate=2)
     of = checks.groups()
-    made = list(rows.rollouts(of, rows.group_advantages(of, checks.rewards(), cfg), 0, cfg))
+    made = list(rows.rollouts(of, rows.group_advantages(checks.rewards(), cfg.grpo), 0, cfg))
     assert len(made) == 2
     lengths = [a["segment_ids"].sum(axis=1) for a in made]
     assert lengths[0].max() <= lengths[1].min()
@@ -93,7 +93,7 @@ def test_answers_that_were_cut_off_can_be_left_out_or_pay():
     learned = sum(a["mask"].sum() for a in made)
     assert learned == sum(len(a.tokens) for g in of for a in g.answers) - len(long.tokens)
     cfg = checks.config(overlong="penalty", overlong_buffer=4, objective="dr_grpo", kl_weight=0.0)
-    flat = rows.group_advantages(of, np.zeros((2, 4)), cfg)
+    flat = rows.group_advantages(np.stack([rows.paid(g, np.zeros(4), cfg.grpo) for g in of]), cfg.grpo)
     n = np.array([[len(a.tokens) for a in g.answers] for g in of])
     paid = np.minimum(0, (checks.LONGEST - 4 - n) / 4)
     np.testing.assert_allclose(flat, paid - paid.mean(axis=1, keepdims=True), atol=1e-6)
