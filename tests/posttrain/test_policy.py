@@ -9,8 +9,11 @@ import models
 import numpy as np
 import pytest
 
+from dsjax.config import replace
+from dsjax.model import moe
 from dsjax.posttrain import policy, rows
 from dsjax.posttrain.objective import advantages
+from sharding.mesh import make_mesh
 
 
 @pytest.mark.usefixtures("one_device")
@@ -68,6 +71,36 @@ def test_replay_keeps_the_gap_closed_under_router_noise():
     apart = [float(jnp.max(jnp.abs(score(noise, experts) - sampler))) for experts in (None, chosen)]
     assert apart[0] > 0.01
     assert apart[1] < 1e-6
+
+
+def test_a_score_leaves_no_rows_out(monkeypatch):
+    """Whatever room the step's buffers have."""
+    monkeypatch.setattr(moe, "CHEAP_BYTES", 0)
+    with jax.set_mesh(make_mesh(jax.devices()[:2], expert=2)):
+        cfg = checks.config()
+        model, bias = models.draw(cfg.model)
+        (given,) = checks.micros(cfg)
+        found = []
+        for room in (0.1, None):
+            compute = replace(cfg.compute, expert_buffer=room)
+            score = jax.jit(functools.partial(policy.score, compute=compute))
+            found.append(score(model, bias, given.batch, jnp.float32(1), None))
+            if room:
+                assert jax.jit(lambda batch, c=compute: model(batch, bias, c).overflow)(given.batch) > 0
+        np.testing.assert_array_equal(*found)
+
+
+def test_the_weights_of_tokens_are_compiled_once(monkeypatch):
+    shapes = []
+    right = rows.token_weights
+    monkeypatch.setattr(rows, "token_weights", lambda mask, *rest: shapes.append(mask.shape) or right(mask, *rest))
+    cfg = checks.config()
+    for keep in (checks.LONGEST, 3):
+        of = checks.groups()
+        for answer in (a for g in of for a in g.answers):
+            del answer.tokens[keep:], answer.logprobs[keep:], answer.versions[keep:], answer.experts[keep:]
+        list(rows.rollouts(of, np.ones((2, 4), np.float32), 0, cfg))
+    assert len(set(shapes)) == 1
 
 
 @pytest.mark.usefixtures("one_device")
