@@ -303,7 +303,7 @@ def test_problems_of_a_file_are_asked_again_without_those_of_training(source, tm
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, pytest.param({"objective": "v3_2", "max_staleness": 1}, marks=pytest.mark.slow)],
+    [{}, pytest.param({"objective": "v3_2", "max_staleness": 1, "max_rows": 24}, marks=pytest.mark.slow)],
     ids=["in step", "a round behind"],
 )
 def test_the_ratio_can_be_to_the_trainers_own_log_probabilities(source, tmp_path, monkeypatch, settings):
