@@ -44,10 +44,14 @@ from dsjax.train.signals import Signals, Stopped
 from dsjax.train.step import start_state
 
 # Fields that change nothing, and where.
-UNUSED = dict.fromkeys(
-    ("keep_best", "batch_size_start", "batch_ramp_tokens", "faults.on_spike", "faults.check_every"), "dsjax grpo"
-)
-UNUSED |= {"grpo.max_rows": "the exact mode"}
+_UNUSED = {
+    "keep_best": "dsjax grpo",
+    "batch_size_start": "dsjax grpo",
+    "batch_ramp_tokens": "dsjax grpo",
+    "faults.on_spike": "dsjax grpo",
+    "faults.check_every": "dsjax grpo",
+    "grpo.max_rows": "the exact mode",
+}
 
 
 def train(
@@ -116,7 +120,7 @@ def check(config: Config, first: int = 0) -> None:
         )
     usual = Config(grpo=GrpoConfig())
     given, usual = ({name: value for name, value, _ in field_rows(c)} for c in (config, usual))
-    for name, where in UNUSED.items():
+    for name, where in _UNUSED.items():
         if given[name] != usual[name] and (where == "dsjax grpo" or grpo.exact):
             raise ConfigError(f"{name}={show(given[name])}: has no effect in {where}; expected {show(usual[name])}")
 

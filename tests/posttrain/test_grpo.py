@@ -180,6 +180,11 @@ def test_no_text_of_an_answer_becomes_markup(whole, tmp_path):
     assert "&lt;script&gt;alert(1)" in html and "<script>alert(1)" not in html and "characters)" in html
 
 
+def test_a_gap_of_older_weights_alone_is_no_number():
+    tiles = page._policy_tiles({"reward": 0.5, "length": 3.0, "gap": None}, {})
+    assert tiles[-1][:2] == ("gap", "–")
+
+
 def test_a_person_is_told_what_is_done_and_where_it_is(source, tmp_path, capsys):
     train(source, tmp_path / "run", steps=1)
     said = capsys.readouterr().err
@@ -205,7 +210,7 @@ def test_it_begins_with_the_weights_of_a_run_that_keeps_their_average_and_withou
     averaged = toys.source(tmp_path / "micro", ema_decay=0.9)
     (row,) = train(averaged, tmp_path / "run", steps=1, kl_weight=0.0)
     assert row["kl"] is None and "KL" not in capsys.readouterr().err.split("step 1/1")[1]
-    page.page(tmp_path / "run")
+    assert "KL to the reference" not in page.page(tmp_path / "run")
     with jax.set_mesh(make_mesh(jax.devices()[:1])):
         given, _ = models.draw(toys.base(averaged).model)
     assert same(load(averaged).model, given)
