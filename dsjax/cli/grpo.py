@@ -50,7 +50,9 @@ def grpo(
             raise ConfigError(f"--{name}={show(changes[name])}: expected --{name[5:]} or that, not both")
         changes |= {} if value is None else {name: value}
     folder = find_model(source)
+    from dsjax.hub.checkpoint import HubCheckpoint
     from dsjax.hub.config import is_hub_folder
+    from dsjax.hub.convert import imported_config
 
     hub = is_hub_folder(folder)
     kept = None if hub else load(folder / "config.json")
@@ -58,24 +60,29 @@ def grpo(
     name = source.partition("@")[0] if not Path(source).is_dir() else folder.absolute().name
     run_folder = folder if begun else Path(run or f"runs/{Path(name).name}-grpo")
     from dsjax.posttrain import grpo as loop
-    from dsjax.posttrain.recipes import begin_with
+    from dsjax.posttrain.recipes import begin_with, check_same
     from dsjax.posttrain.sft import import_hub
     from dsjax.train.checkpoint import has_checkpoint, imported
     from dsjax.train.programs import keep_programs
 
     keep_programs()
     known = load(run_folder / "config.json") if begun or has_checkpoint(run_folder) else None
-    if known is not None and known.grpo is not None:
+    came_to_nothing = hub and imported(run_folder)  # an import, or a first try that took no step
+    if known is not None and known.grpo is not None and not came_to_nothing:
+        if recipe is not None:
+            check_same(known, recipe, changes)
         fresh = hub or folder.absolute() == run_folder.absolute()
         config, begin = override(known, changes), None if fresh else folder
         return loop.train(config, run_folder, source=begin, explicit=changes, quiet=quiet)
-    if known is not None and not (hub and imported(run_folder)):
+    if known is not None and not came_to_nothing:
         raise ConfigError(f"{run_folder}: holds a run of another kind; choose another --run")
     if "grpo.task" not in changes:
         raise ConfigError("--task: missing; expected a .jsonl file of problems, gym:NAME, or parity:BITS")
     if hub:
         import_hub(folder, run_folder, Config(), quiet)
         kept = load(run_folder / "config.json")
+        if kept.grpo is not None:
+            kept = imported_config(HubCheckpoint(folder))
     config = begin_with(kept, recipe or "small", changes)
     if hub:
         save(config, run_folder / "config.json")

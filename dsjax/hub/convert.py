@@ -197,12 +197,12 @@ def _absent_biases(model: ModelConfig, leaves) -> dict[str, tuple[int, int]]:
     return {leaf: (n, model.n_routed_experts) for leaf, n in both.items() if n and leaf not in leaves}
 
 
-def _run_files(hub: HubCheckpoint, folder: Path, dtype: str | None, say: Say) -> None:
-    """config.json of the run, and what it needs for text."""
+def imported_config(hub: HubCheckpoint, dtype: str | None = None) -> Config:
+    """The configuration that the run folder of an import begins with."""
     raw, model = hub.config.raw, hub.model
     alpha = raw.get("aux_loss_alpha") or 0.0
     balance = BalanceConfig(sequence=alpha) if model.topk_method == "noaux_tc" else BalanceConfig(expert=alpha)
-    config = Config(
+    return Config(
         name=hub.folder.resolve().name,
         seq_len=min(4096, model.max_position_embeddings),
         model=model,
@@ -210,12 +210,16 @@ def _run_files(hub: HubCheckpoint, folder: Path, dtype: str | None, say: Say) ->
         data=DataConfig(tokenizer="run"),
         compute=ComputeConfig(precision=PLAIN[dtype or "bfloat16"]),
     )
+
+
+def _run_files(hub: HubCheckpoint, folder: Path, dtype: str | None, say: Say) -> None:
+    """config.json of the run, and what it needs for text."""
     if (hub.folder / "tokenizer.json").is_file():
         Tokenizer.load(hub.folder)  # raises for a damaged one
     else:
         say("tokenizer.json: not there; `dsjax generate` and `dsjax train` need one in the run folder")
     _copy_files(hub.folder, folder)
-    configuration.save(config, folder / "config.json")
+    configuration.save(imported_config(hub, dtype), folder / "config.json")
 
 
 def _keep_side(hub: HubCheckpoint, side: Path, differing: list[HubTensor], say: Say) -> None:

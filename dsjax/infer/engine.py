@@ -104,8 +104,9 @@ class Engine:
     # Weights
 
     def renew(self, model: DeepSeek, router_bias: RouterBias) -> None:
-        """Goes on with other weights of the same network; no array is copied but for CPUs, and they must live as long
-        as they are used. Raises ValueError while there are requests: what is in the cache is of the old weights.
+        """Goes on with other weights of the same network. Those in the compute format are not copied, but for CPUs, and
+        must live as long as they are used; others are cast. Raises ValueError while there are requests: what is in the
+        cache is of the old weights.
         """
         if self.busy:
             n = len(self.running) + len(self.waiting) + len(self._came)

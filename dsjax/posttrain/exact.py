@@ -10,7 +10,7 @@ from collections import deque
 import jax
 import numpy as np
 
-from dsjax.config import Config
+from dsjax.config import Config, replace
 from dsjax.infer.requests import Request, Sampled
 from dsjax.infer.sampling import sample
 from dsjax.model.mtp import shift_left
@@ -23,7 +23,7 @@ from sharding.rules import constrain, spec
 
 class ExactEngine:
     """Requests as `Engine` takes them, as far as policy optimisation asks: temperature, seed and ends. Experts are not
-    recorded, since the same bits choose the same ones."""
+    recorded: in the first step that learns from them, the same bits choose the same ones."""
 
     def __init__(self, model: DeepSeek, router_bias: RouterBias, mesh, config: Config):
         self.n_rows, self.length, self.mesh = config.batch_size // config.accumulate, config.seq_len, mesh
@@ -91,9 +91,9 @@ class ExactEngine:
 
 def _forward(model, router_bias, batch: Batch, lengths, temperature, seed, *, config: Config):
     """The token behind each row's `lengths`, the log-probability of its last one, and the entropies that the training
-    step computes as well: without them the compiler sums in another order."""
+    step computes as well: without them the compiler sums in another order. No loads of experts but fit."""
     model = cast_weights(model, config.compute.precision)
-    hidden = model(batch, router_bias, config.compute).hidden
+    hidden = model(batch, router_bias, replace(config.compute, expert_buffer=None)).hidden
     targets = shift_left(batch.tokens, 1)
     logp, entropy = token_logprobs(hidden, model.head[...], targets, jax.numpy.float32(config.grpo.temperature))
     rows = jax.numpy.arange(len(lengths))

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsjax.config import Config, ConfigError, EngineConfig, more_room, replace
+from dsjax.config import Config, ConfigError, EngineConfig, GrpoConfig, field_rows, more_room, replace, show
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.files import write_text
 from dsjax.hub.chat import TEMPLATE, ChatTemplate
@@ -30,9 +31,9 @@ from dsjax.posttrain.exact import ExactEngine
 from dsjax.posttrain.policy import Programs, objective_of
 from dsjax.posttrain.rollouts import Group, Rollouts, judged
 from dsjax.posttrain.tasks import Task, begun, encode, open_task, total
-from dsjax.state import PolicyState
+from dsjax.state import PolicyState, Rollout
 from dsjax.train import phase
-from dsjax.train.checkpoint import Checkpoints, abstract_state
+from dsjax.train.checkpoint import Checkpoints, abstract_state, newest_step
 from dsjax.train.folder import adopt, owned, run_tokenizer
 from dsjax.train.layout import device_mesh, devices
 from dsjax.train.loop import Journal, layer_names, machine
@@ -41,6 +42,16 @@ from dsjax.train.report import Report
 from dsjax.train.schedule import Schedule
 from dsjax.train.signals import Signals, Stopped
 from dsjax.train.step import start_state
+
+# Fields that change nothing, and where.
+_UNUSED = {
+    "keep_best": "dsjax grpo",
+    "batch_size_start": "dsjax grpo",
+    "batch_ramp_tokens": "dsjax grpo",
+    "faults.on_spike": "dsjax grpo",
+    "faults.check_every": "dsjax grpo",
+    "grpo.max_rows": "the exact mode",
+}
 
 
 def train(
@@ -55,7 +66,7 @@ def train(
     """Trains, or goes on with the run that the folder holds; returns the last numbers of an evaluation.
 
     source: the run whose newest checkpoint a new one begins with. task: instead of the one that config.grpo.task names.
-    SIGTERM and Ctrl-C end it after the step, with a checkpoint. Raises ConfigError for what the user can mend.
+    SIGTERM and Ctrl-C end it after the round, with a checkpoint. Raises ConfigError for what the user can mend.
     """
     run_folder, report, signals, started = Path(run_folder), Report(quiet), Signals(), time.time()
     devices()
@@ -64,9 +75,9 @@ def train(
     try:
         with signals, owned(run_folder), contextlib.ExitStack() as open_:
             config = phase.begin(config, run_folder, source and Path(source), explicit or {})
-            config = adopt(config, run_folder, explicit or {}, report.say)
+            first = newest_step(run_folder) or 0
+            config = adopt(config, run_folder, explicit or {}, report.say, lambda merged: check(merged, first))
             _take_template(run_folder)
-            check(config)
             mesh = device_mesh(config)
             tokenizer = run_tokenizer(run_folder)
             if task is None:
@@ -86,18 +97,32 @@ def train(
         return {}
 
 
-def check(config: Config) -> None:
-    """Raises ConfigError for what cannot be."""
+def check(config: Config, first: int = 0) -> None:
+    """Raises ConfigError for what cannot be, from the step `first` on."""
     grpo = config.grpo
     if grpo is None:
         raise ConfigError("grpo: expected a configuration with this section; `dsjax grpo` makes one")
     if grpo.max_tokens >= config.seq_len:
         raise ConfigError(f"grpo.max_tokens={grpo.max_tokens}: expected less than seq_len={config.seq_len}")
-    if config.steps % grpo.updates or config.checkpoint_every % grpo.updates:
+    if (left := config.steps - first) > 0 and left % grpo.updates:
+        since = f" less the {first} that are done" if first else ""
+        raise ConfigError(f"grpo.updates={grpo.updates}: expected a divisor of steps={config.steps}{since}")
+    if grpo.eval_samples > 1 and not grpo.eval_temperature:
         raise ConfigError(
-            f"grpo.updates={grpo.updates}: expected a divisor of steps={config.steps} and "
-            f"checkpoint_every={config.checkpoint_every}"
+            f"grpo.eval_samples={grpo.eval_samples}: expected 1 with grpo.eval_temperature=0, which gives one answer"
         )
+    if config.optimizer.ema_decay and config.optimizer.ema_on == "host":
+        raise ConfigError("optimizer.ema_on=host: expected device, or optimizer.ema_decay=none")
+    if grpo.exact and grpo.replay and (grpo.updates > 1 or grpo.max_staleness):
+        raise ConfigError(
+            "grpo.replay=true: expected false with grpo.exact=true and several updates or staleness: it records no "
+            "experts, and only the weights that sampled choose the same again"
+        )
+    usual = Config(grpo=GrpoConfig())
+    given, usual = ({name: value for name, value, _ in field_rows(c)} for c in (config, usual))
+    for name, where in _UNUSED.items():
+        if given[name] != usual[name] and (where == "dsjax grpo" or grpo.exact):
+            raise ConfigError(f"{name}={show(given[name])}: has no effect in {where}; expected {show(usual[name])}")
 
 
 def _take_template(run_folder: Path) -> None:
@@ -131,6 +156,7 @@ class Run:
         report.table(telling.plan_rows(config, self.task, self.objective, self.mesh, n_heldout))
         self.problems = self.problems[: config.grpo.eval_prompts]
         first, state, kept = self._start()
+        check(config, first)  # the newest checkpoint may have been damaged
         engine = self._engine(state)
         n_groups = config.batch_size // config.grpo.group_size * config.grpo.updates
         begun_by = functools.partial(begun, template=self._template, style=config.grpo.style)
@@ -150,7 +176,7 @@ class Run:
                     f"{first} of {config.steps} steps are done; --steps=N gives it more, --run=PATH a fresh start"
                 )
             self.journal.goodput.start(first, time.time() - started)
-            if first == 0 and self.recorder.last("eval") is None:
+            if first == 0:
                 self._evaluate(0, engine, state)
             self.signals.patient = True
             while done < config.steps and not self.signals.name:
@@ -237,7 +263,8 @@ class Run:
         return ChatTemplate.load(self.folder) if self.config.grpo.style == "chat" else None
 
     def _due(self, done: int, every: int) -> bool:
-        return done % every == 0 or done == self.config.steps
+        """Whether the round that ended at this step passed a multiple, or is the last."""
+        return done // every > (done - self.config.grpo.updates) // every or done >= self.config.steps
 
     # A round: answers, and the steps that they are learned from in
 
@@ -250,9 +277,11 @@ class Run:
         sampled = time.perf_counter()
         numbers = self._measure(groups) | {"resampled": replaced}
         per_step, apart = config.batch_size // grpo.group_size, {}
-        for update in range(grpo.updates):
-            mine = groups[update * per_step : (update + 1) * per_step]
-            state, said = self._learn(done, done + update, mine, state)
+        shares = [groups[i : i + per_step] for i in range(0, len(groups), per_step)]
+        ask = grpo.old_policy == "trainer"  # before the first of the steps
+        olds = [self._old(done, share, state) if ask else None for share in shares]
+        for update, (share, old) in enumerate(zip(shares, olds)):
+            state, said = self._learn(done, done + update, share, state, old)
             # In later steps the weights are not the sampler's.
             apart = apart or {name: said[name] for name in ("gap", "gap_max")}
         seconds = {"sample_s": sampled - began, "learn_s": time.perf_counter() - sampled}
@@ -264,7 +293,7 @@ class Run:
             groups = self.rollouts.collect(done, state.model, state.router_bias)
             replaced = 0
             for _ in range(self.config.grpo.resample):
-                flat = [i for i, group in enumerate(groups) if not np.ptp(group.rewards(self.task.weights))]
+                flat = [i for i, group in enumerate(groups) if not np.ptp(self._worth(group))]
                 if not flat:
                     break
                 for i, group in zip(flat, self.rollouts.more(len(flat))):
@@ -273,16 +302,27 @@ class Run:
                 group.parts.result()
         return groups, replaced
 
-    def _learn(self, version: int, step: int, groups: list[Group], state: PolicyState):
-        """One step from groups that were sampled at step `version`."""
-        config, programs = self.config, self.programs
-        rewards = np.stack([group.rewards(self.task.weights) for group in groups])
-        advantage = rows.group_advantages(groups, rewards, config)
-        micros = [rows.on_mesh(arrays, self.mesh) for arrays in rows.rollouts(groups, advantage, version, config)]
+    def _worth(self, group: Group) -> np.ndarray:
+        """Of each answer what its advantage is made of."""
+        return rows.paid(group, group.rewards(self.task.weights), self.config.grpo)
+
+    def _micros(self, version: int, groups: list[Group]) -> Iterator[Rollout]:
+        advantage = rows.group_advantages(np.stack([self._worth(group) for group in groups]), self.config.grpo)
+        for arrays in rows.rollouts(groups, advantage, version, self.config):
+            yield rows.on_mesh(arrays, self.mesh)
+
+    def _old(self, version: int, groups: list[Group], state: PolicyState) -> list[np.ndarray]:
+        """Of every micro-batch the log-probabilities under these weights."""
+        micros = self._micros(version, groups)
+        return [np.asarray(self._score(state.model, state.router_bias, m, m.experts)) for m in micros]
+
+    def _learn(self, version: int, step: int, groups: list[Group], state: PolicyState, old: list[np.ndarray] | None):
+        """One step from groups that were sampled at step `version`; old: as `_old`, the sampler's own if None."""
+        config, programs, micros = self.config, self.programs, list(self._micros(version, groups))
         if state.reference is not None:
-            micros = [m.replace(reference=self._score(state.reference, state.reference_bias, m, False)) for m in micros]
-        if config.grpo.old_policy == "trainer":
-            micros = [m.replace(old=self._score(state.model, state.router_bias, m, config.grpo.replay)) for m in micros]
+            micros = [m.replace(reference=self._score(state.reference, state.reference_bias, m, None)) for m in micros]
+        if old is not None:
+            micros = [m.replace(old=jax.device_put(a, m.sampler.sharding)) for m, a in zip(micros, old)]
         depth = config.model.num_nextn_predict_layers
         counts = jax.tree.map(lambda *n: sum(n), *(programs.count(m, depth) for m in micros))
         knobs = {name: jnp.asarray(value, jnp.float32) for name, value in vars(self.schedule.at(step)).items()}
@@ -303,7 +343,7 @@ class Run:
             )
             self.config = replace(config, compute=more_room(config.compute))
             self.programs = Programs(self.config)
-            return self._learn(version, step, groups, state)
+            return self._learn(version, step, groups, state, old)
         if said["skipped_in_a_row"] >= config.max_skipped_steps:
             raise ConfigError(
                 f"stopped at step {step + 1}: NaN or Inf in the loss or gradients of {said['skipped_in_a_row']} steps "
@@ -324,15 +364,14 @@ class Run:
             "mtp_weight": float(knobs["mtp_weight"]),
             "bias_update_speed": float(knobs["bias_update_speed"]),
             "entropy": float(parts.entropy) / n_tokens,
-            "kl": float(parts.kl) / n_tokens,
+            "kl": None if state.reference is None else float(parts.kl) / n_tokens,
             "clipped": float(parts.clipped) / n_tokens,
             "left_out": float(parts.left_out) / n_tokens,
             "gap": float(apart.mean()) if apart.size else None,  # all may have been sampled by older weights
             "gap_max": float(apart.max()) if apart.size else None,
         }
 
-    def _score(self, model, router_bias, micro, replay: bool):
-        experts = micro.experts if replay else None
+    def _score(self, model, router_bias, micro: Rollout, experts):
         return self.programs.score(model, router_bias, micro.batch, self.temperature, experts)
 
     # What a person sees
@@ -341,6 +380,7 @@ class Run:
         """Of all answers of a round."""
         weights = self.task.weights
         rewards = np.stack([group.rewards(weights) for group in groups])
+        worth = np.stack([self._worth(group) for group in groups])
         parts = [parts for group in groups for parts in group.parts.result()]
         answers = [answer for group in groups for answer in group.answers]
         lengths = [len(answer.tokens) for answer in answers]
@@ -351,7 +391,7 @@ class Run:
             "length": float(np.mean(lengths)),
             "length_max": max(lengths),
             "truncated": float(np.mean([answer.reason == "length" for answer in answers])),
-            "zero_spread": float(np.mean(np.ptp(rewards, axis=1) == 0)),
+            "zero_spread": float(np.mean(np.ptp(worth, axis=1) == 0)),
             "staleness": float(np.mean(ages)),
             "answer_tokens": sum(lengths),
         }

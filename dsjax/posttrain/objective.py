@@ -55,16 +55,14 @@ def advantages(rewards: Float[Array, "N G"], scale: bool = True) -> Float[Array,
     return centred / jnp.where(alike, 1, jnp.std(rewards, axis=1, keepdims=True))
 
 
-def token_weights(
-    mask: Bool[Array, "B T"], normalise: str, n_answers: int | None = None, longest: int | None = None
-) -> Float[Array, "B T"]:
+def token_weights(mask: Bool[Array, "B T"], normalise: str, longest: int | None = None) -> Float[Array, "B T"]:
     """What each token counts, for the whole batch of a step, whatever devices and micro-batches it is cut into.
 
     mask: the tokens of answers, not of prompts or padding. "sequence": answers count alike, and their tokens share it
     (GRPO); "token": all tokens count alike (DAPO); "constant": a token counts 1 / (answers x longest) (Dr. GRPO).
-    n_answers: rows that hold one, all rows if not given. Raises ValueError for another name, or without `longest`.
+    Raises ValueError for another name, or without `longest`.
     """
-    n = len(mask) if n_answers is None else n_answers
+    n = len(mask)
     if normalise == "sequence":
         return mask / jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1) / n
     if normalise == "token":

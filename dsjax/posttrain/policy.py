@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from dsjax.config import ComputeConfig, Config, GrpoConfig
+from dsjax.config import ComputeConfig, Config, GrpoConfig, replace
 from dsjax.model.balance import max_violation
 from dsjax.model.mtp import look_ahead, shift_left
 from dsjax.model.transformer import DeepSeek
@@ -147,9 +147,9 @@ def score(
     experts: Int[Array, "L B T K"] | None,
     compute: ComputeConfig,
 ) -> Float[Array, "B T"]:
-    """The log-probability of each next token; at the place before it."""
+    """The log-probability of each next token; at the place before it. No loads of experts but fit."""
     model = cast_weights(model, compute.precision)
-    out = model(batch, router_bias, compute, replay=experts)
+    out = model(batch, router_bias, replace(compute, expert_buffer=None), replay=experts)
     return token_logprobs(out.hidden, model.head[...], shift_left(batch.tokens, 1), temperature)[0]
 
 

@@ -2,7 +2,8 @@
 
 With grpo.max_staleness groups are begun before they are needed, and go on while the policy learns: a long answer does
 not hold up the others. It counts rounds, of grpo.updates steps each. Every token keeps the step whose weights sampled
-it. What is in the cache is never of older weights: an answer that goes on under new ones is read again.
+it. What is in the cache is never of older weights: an answer that goes on under new ones is read again, and its last
+reading says the experts of all that was read.
 """
 
 import base64
@@ -34,6 +35,7 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)  # the step whose weights sampled each
     experts: list[np.ndarray] = field(default_factory=list)  # [L, K] int32, of the token before each
+    prompt_experts: np.ndarray | None = None  # [L, P, K] int32, -1: not known
     reason: str = ""  # why it ended: "stop" or "length"
 
 
@@ -46,7 +48,6 @@ class Group:
     problem: Problem
     prompt: list[int]
     answers: list[Answer]
-    prompt_experts: np.ndarray | None = None  # [L, P, K] int32, -1: not known
     parts: Future | None = None  # of each answer the reward by part
 
     @property
@@ -127,11 +128,10 @@ class Rollouts:
         for kept in state["groups"] if state["settings"] == self._settings else ():
             problem = self.task.problem(kept["number"])
             group = Group(kept["number"], kept["begun"], problem, self.encode(problem), [])
-            group.prompt_experts = _array(kept["prompt_experts"])
             for one in kept["answers"]:
                 experts = _array(one["experts"])
-                experts = [] if experts is None else list(experts)
-                group.answers.append(Answer(one["tokens"], one["logprobs"], one["versions"], experts, one["reason"]))
+                one["experts"] = [] if experts is None else list(experts)
+                group.answers.append(Answer(**one | {"prompt_experts": _array(one["prompt_experts"])}))
             self.groups.append(group)
             self._judge(group)
 
@@ -148,11 +148,13 @@ class Rollouts:
 
     def _ask(self, group: Group, k: int, answer: Answer) -> None:
         """The rest of an answer. What is sampled at a place depends on the seed and the place alone."""
-        name = f"{self.seed} {group.number} {k}"
+        name, n_prompt, n_read = f"{self.seed} {group.number} {k}", len(group.prompt), len(answer.tokens)
 
         def tell(said: list[Sampled]) -> None:
-            if group.prompt_experts is None and self.records:
-                group.prompt_experts = request.prompt_experts[:, : len(group.prompt)].copy()
+            if self.records and len(answer.tokens) == n_read:  # what comes is sampled from this reading
+                read = request.prompt_experts[:, : n_prompt + n_read].copy()
+                answer.prompt_experts = read[:, :n_prompt]
+                answer.experts = list(read[:, n_prompt - 1 : -1].swapaxes(0, 1))
             for one in said:
                 answer.tokens.append(one.token)
                 answer.logprobs.append(one.logprob)
@@ -240,12 +242,12 @@ def _plain(group: Group) -> dict[str, Any]:
             "logprobs": answer.logprobs,
             "versions": answer.versions,
             "experts": _text(np.stack(answer.experts)) if answer.experts else None,
+            "prompt_experts": None if answer.prompt_experts is None else _text(answer.prompt_experts),
             "reason": answer.reason,
         }
         for answer in group.answers
     ]
-    known = None if group.prompt_experts is None else _text(group.prompt_experts)
-    return {"number": group.number, "begun": group.begun, "prompt_experts": known, "answers": answers}
+    return {"number": group.number, "begun": group.begun, "answers": answers}
 
 
 def _text(a: np.ndarray) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from dsjax.config import Config
+from dsjax.config import Config, GrpoConfig
 from dsjax.posttrain.objective import advantages, token_weights
 from dsjax.posttrain.policy import objective_of
 from dsjax.posttrain.rollouts import Answer, Group
@@ -20,14 +20,15 @@ def length_penalty(n_tokens: int, max_tokens: int, buffer: int) -> float:
     return min(0.0, (max_tokens - buffer - n_tokens) / buffer)
 
 
-def group_advantages(groups: list[Group], rewards: np.ndarray, config: Config) -> np.ndarray:
-    """[N, G] float32 from rewards [N, G], after what answers pay for their length."""
-    grpo = config.grpo
-    if grpo.overlong == "penalty":
-        paid = [
-            [length_penalty(len(a.tokens), grpo.max_tokens, grpo.overlong_buffer) for a in g.answers] for g in groups
-        ]
-        rewards = rewards + np.array(paid)
+def paid(group: Group, rewards: np.ndarray, grpo: GrpoConfig) -> np.ndarray:
+    """[G] rewards, after what answers pay for their length."""
+    if grpo.overlong != "penalty":
+        return rewards
+    return rewards + [length_penalty(len(a.tokens), grpo.max_tokens, grpo.overlong_buffer) for a in group.answers]
+
+
+def group_advantages(rewards: np.ndarray, grpo: GrpoConfig) -> np.ndarray:
+    """[N, G] float32 from rewards [N, G]."""
     return np.asarray(advantages(np.asarray(rewards, np.float32), objective_of(grpo).scale))
 
 
@@ -42,8 +43,8 @@ def rollouts(
     grpo = config.grpo
     answers = [(g, a, float(v)) for g, row in zip(groups, advantage) for a, v in zip(g.answers, row)]
     learned = [0 if grpo.overlong == "mask" and a.reason == "length" else len(a.tokens) for _, a, _ in answers]
-    mask = np.arange(max([*learned, 1])) < np.array(learned)[:, None]
-    counted = np.asarray(token_weights(mask, objective_of(grpo).normalise, len(answers), grpo.max_tokens))
+    mask = np.arange(grpo.max_tokens) < np.array(learned)[:, None]  # one width: one compilation
+    counted = np.asarray(token_weights(mask, objective_of(grpo).normalise, grpo.max_tokens))
     lengths = np.array([len(g.prompt) + len(a.tokens) for g, a, _ in answers])
     order = np.argsort(lengths, kind="stable")
     for rows in np.split(order, config.accumulate):
@@ -77,7 +78,7 @@ def _row(
     row["advantage"] = np.float32(advantage)
     if config.grpo.replay and not config.grpo.exact:
         experts = np.full((config.model.num_moe_layers, length, config.model.num_experts_per_tok), -1, np.int32)
-        experts[:, :prompt] = group.prompt_experts
+        experts[:, :prompt] = answer.prompt_experts
         experts[:, places] = np.stack(answer.experts, axis=1)
         row["experts"] = experts
     return row

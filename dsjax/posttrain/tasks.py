@@ -52,7 +52,10 @@ class Task(Protocol):
         """Problems that none of those to learn from is."""
 
     def judge(self, problems: list[Problem], texts: list[str]) -> list[dict[str, float]]:
-        """Each text's reward by part, before weights; the texts are what the model said behind the prompts."""
+        """Each text's reward by part, before weights; the texts are what the model said behind the prompts.
+
+        `dsjax grpo` calls it from a thread of its own, one call at a time, while others ask for problems.
+        """
 
 
 def total(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:

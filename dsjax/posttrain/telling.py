@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dsjax.config import Config
+from dsjax.config import Config, GrpoConfig
 from dsjax.plan import count
 from dsjax.plan.count import human
 from dsjax.posttrain.objective import Objective
@@ -40,7 +40,7 @@ def plan_rows(config: Config, task: Task, objective: Objective, mesh, n_heldout:
             f"{config.steps:,} of {config.batch_size // grpo.group_size} prompts x {grpo.group_size} answers of at "
             f"most {grpo.max_tokens:,} tokens{updates}",
         ),
-        ("objective", f"{grpo.objective}: {_words(objective, grpo.reference_every)}"),
+        ("objective", f"{grpo.objective}: {_words(objective, grpo)}"),
         ("sampling", _sampling(config)),
         (
             "devices",
@@ -50,16 +50,16 @@ def plan_rows(config: Config, task: Task, objective: Objective, mesh, n_heldout:
     ]
 
 
-def _words(o: Objective, reference_every: int) -> str:
+def _words(o: Objective, grpo: GrpoConfig) -> str:
     ratio = "of tokens" if o.ratio == "token" else "of whole answers"
     parts = [f"ratios {ratio} from {max(0.0, 1 - o.clip_low):g} to {1 + o.clip_high:g}"]
     if o.kl_weight:
-        parts.append(f"KL {o.kl_weight:g} ({o.kl}) to a policy renewed every {_n(reference_every, 'step')}")
+        parts.append(f"KL {o.kl_weight:g} ({o.kl}) to a policy renewed every {_n(grpo.reference_every, 'step')}")
     parts.append(f"advantages {'over' if o.scale else 'not over'} the standard deviation")
     parts.append(_NORMALISERS[o.normalise])
     if o.off_policy is not None:
         parts.append(f"bad answers more than {o.off_policy:g} nats a token away left out")
-    if o.most_weight is not None:
+    if o.most_weight is not None and grpo.old_policy == "trainer":
         parts.append(f"importance weights up to {o.most_weight:g}")
     return ", ".join(parts)
 
@@ -88,6 +88,7 @@ def farewell_rows(config: Config, run_folder: Path, step: int | None) -> list[tu
     if step is None:
         return []
     grpo, samples = config.grpo, max((run_folder / "samples").glob("step-*.txt"), default=None)
+    heldout = " --heldout" if Path(grpo.task).is_file() else ""
     rewards = f" --rewards {shlex.quote(grpo.rewards)}" if grpo.rewards else ""
     asked = f"--task {shlex.quote(grpo.task)}{rewards} --style {grpo.style} --max-tokens {grpo.max_tokens}"
     kept = [("samples", str(samples))] if samples else []
@@ -96,7 +97,7 @@ def farewell_rows(config: Config, run_folder: Path, step: int | None) -> list[tu
         ("pictures", f"{run_folder / 'loss.png'}, or tensorboard --logdir {folder}/tensorboard"),
         *kept,
         ("page", f"dsjax report {folder}"),
-        ("evaluate", f"dsjax eval {folder} {asked}"),
+        ("evaluate", f"dsjax eval {folder} {asked}{heldout}"),
     ]
 
 
@@ -106,11 +107,12 @@ def step_line(row: dict[str, Any], steps: int, weights) -> str:
     inner = f" ({', '.join(parts)})" if len(parts) > 1 else ""
     cut = f", {row['truncated']:.0%} cut off" if row["truncated"] else ""
     skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
+    distance = "" if row["kl"] is None else f"KL {row['kl']:.2g}, "
     gap = "" if row["gap"] is None else f"sampler and trainer {row['gap']:.1e} apart (most {row['gap_max']:.1e}), "
     return (
         f"step {row['step']}/{steps}: reward {_number(row['reward'])}{inner}, {row['length']:.1f} tokens{cut}, "
-        f"entropy {_number(row['entropy'])}, KL {_number(row['kl'], '.2g')}, {row['zero_spread']:.0%} of groups "
-        f"without spread, {gap}{row['sample_s']:.1f} s sampling and {row['learn_s']:.1f} s learning{skipped}"
+        f"entropy {_number(row['entropy'])}, {distance}{row['zero_spread']:.0%} of groups without spread, {gap}"
+        f"{row['sample_s']:.1f} s sampling and {row['learn_s']:.1f} s learning{skipped}"
     )
 
 

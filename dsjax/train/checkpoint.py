@@ -252,16 +252,31 @@ class Checkpoints:
         Raises ConfigError if there is no such checkpoint, or if it cannot be read.
         """
         model, _ = _split(like)
-        return _fill(like, self._read(self.find(step), model=ocp.args.StandardRestore(model))["model"])
+        args = ocp.checkpoint_utils.construct_restore_args(model)
+        asked = ocp.args.PyTreeRestore(model, args, partial_restore=True)  # an average that `like` has not stays there
+        folder = self.folder / str(self.find(step))
+        # Not by the manager, which reads an item only as it writes it: whole.
+        with _readable(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            found = reader.restore(folder / "model", args=asked)
+            if missing := [name for name, a in found.items() if not isinstance(a, jax.Array)]:
+                raise ValueError(f"it has no {_few(missing)}")
+        return _fill(like, found)
 
     def _read(self, step: int, **items) -> Any:
-        try:
+        with _readable(self.folder / str(step)):
             return self.manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            raise ConfigError(
-                f"{self.folder / str(step)}: this checkpoint is damaged, or of another configuration "
-                f"({_reason(error)}); remove it to go on from an older one"
-            ) from error
+
+
+@contextlib.contextmanager
+def _readable(step_folder: Path):
+    """Raises ConfigError for a checkpoint that cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(
+            f"{step_folder}: this checkpoint is damaged, or of another configuration ({_reason(error)}); remove it to "
+            "go on from an older one"
+        ) from error
 
 
 def has_checkpoint(run_folder: Path) -> bool:

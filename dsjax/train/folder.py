@@ -96,11 +96,17 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def adopt(config: Config, run_folder: Path, explicit: dict[str, Any], say: Callable[[str], None]) -> Config:
+def adopt(
+    config: Config,
+    run_folder: Path,
+    explicit: dict[str, Any],
+    say: Callable[[str], None],
+    check: Callable[[Config], None] = lambda config: None,
+) -> Config:
     """The configuration to run with, kept in the folder: that of the run it holds, with the explicit changes.
 
     A folder without a checkpoint holds no run yet: it takes `config` whole. Raises ConfigError for the folder of
-    another preset, and for a change that would make it another run.
+    another preset, for a change that would make it another run, and as `check` does; then nothing is kept.
     """
     path = run_folder / "config.json"
     saved = configuration.load(path) if path.exists() else config
@@ -121,6 +127,7 @@ def adopt(config: Config, run_folder: Path, explicit: dict[str, Any], say: Calla
                     "--run"
                 )
             say(f"changed: {name} from {show(old)} to {show(new)}")
+    check(config)
     if jax.process_index() == 0:
         configuration.save(config, path)
     return config

@@ -226,7 +226,7 @@ def _policy_tiles(train: dict[str, Any], held: dict[str, Any]) -> list[tuple]:
     if train:
         tiles.append(("length", fixed(train.get("length"), 1), "tokens of an answer, last row"))
         gap = number(train.get("gap"))
-        tiles.append(("gap", "NaN" if gap is None else f"{gap:.1e}", "nats between sampler and trainer, last row"))
+        tiles.append(("gap", "–" if gap is None else f"{gap:.1e}", "nats between sampler and trainer, last row"))
     return tiles
 
 

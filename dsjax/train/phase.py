@@ -60,15 +60,15 @@ def begin(
     if has_checkpoint(run_folder):
         if source is not None and (known is None or known.run != str(source.absolute())):
             came = "new weights" if known is None else f"{known.run}, step {known.step}"
-            raise ConfigError(f"--from={source}: the run in {run_folder} began with {came}; choose another --run")
+            raise ConfigError(f"{source}: the run in {run_folder} began with {came}; choose another --run")
         return config
     if source is None and known is None:
         return config
     source = Path(known.run) if source is None else source
     if source.absolute() == run_folder.absolute():
-        raise ConfigError(f"--from={source}: expected another folder than that of --run")
+        raise ConfigError(f"{source}: expected another folder than that of --run")
     if not (source / "config.json").is_file() or not has_checkpoint(source):
-        raise ConfigError(f"--from={source}: expected a run folder with a checkpoint")
+        raise ConfigError(f"{source}: expected a run folder with a checkpoint")
     for name, (was, value) in differences(configuration.load(source / "config.json"), config).items():
         if name.startswith("model.") and not name.startswith(_MAY_DIFFER):
             raise ConfigError(
@@ -86,7 +86,7 @@ def begin(
 
 def _take_over(source: Path, run_folder: Path, weights_alone: bool) -> None:
     if not (source / "tokenizer.json").is_file():
-        raise ConfigError(f"--from={source}: tokenizer.json is missing; `dsjax train {source}` makes it again")
+        raise ConfigError(f"{source}: tokenizer.json is missing; `dsjax train {source}` makes it again")
     with _not_in_training(source):
         found = Origin(str(source.absolute()), newest_step(source), weights_alone)
         for name in TEXT_FILES:
@@ -131,5 +131,5 @@ def _not_in_training(source: Path):
         yield
         return
     with (source / "lock").open() as lock:
-        take_lock(lock, fcntl.LOCK_SH, f"--from={source}: another process is training there; wait until it ends")
+        take_lock(lock, fcntl.LOCK_SH, f"{source}: another process is training there; wait until it ends")
         yield

@@ -42,8 +42,8 @@ def groups(seed: int = 0, n: int = 2) -> list[Group]:
             tokens = rng.integers(1, models.VOCAB, rng.integers(1, LONGEST + 1)).tolist()
             logprobs = rng.normal(-4, 0.4, len(tokens)).tolist()
             experts = [rng.permuted(np.tile(np.arange(8), (2, 1)), axis=1)[:, :2].astype(np.int32) for _ in tokens]
-            group.answers.append(Answer(tokens, logprobs, [0] * len(tokens), experts, "stop"))
-        group.prompt_experts = np.full((2, len(prompt), 2), -1, np.int32)
+            unknown = np.full((2, len(prompt), 2), -1, np.int32)
+            group.answers.append(Answer(tokens, logprobs, [0] * len(tokens), experts, unknown, "stop"))
         made.append(group)
     return made
 
@@ -57,7 +57,7 @@ def micros(cfg: Config, seed: int = 0, mesh=None) -> list[Rollout]:
     """The micro-batches of a step, with a reference and an old policy unlike the sampler."""
     mesh = mesh or jax.sharding.get_mesh()
     of = groups(seed)
-    advantage = rows.group_advantages(of, rewards(), cfg)
+    advantage = rows.group_advantages(rewards(), cfg.grpo)
     made = []
     for arrays in rows.rollouts(of, advantage, 0, cfg):
         shape = arrays["sampler"].shape
@@ -160,7 +160,7 @@ def check_micro_batches_and_devices_add_up() -> None:
 def check_advantages_are_of_the_group() -> None:
     """The mean of every group's advantages is 0, whatever the other groups got."""
     cfg = config()
-    found = rows.group_advantages(groups(), rewards(), cfg)
+    found = rows.group_advantages(rewards(), cfg.grpo)
     np.testing.assert_allclose(found.mean(axis=1), 0, atol=1e-6)
     np.testing.assert_allclose(found.std(axis=1), 1, rtol=1e-5)
 

@@ -51,7 +51,7 @@ def problems(tmp_path_factory):
         (["--task=parity:8", "--seq-len=many"], "seq_len=many: expected a whole number"),
         (["--task=parity:8", "--grpo.updates=few"], "grpo.updates=few: expected a whole number"),
         (["--task=parity:8", "--grpo.task=parity:9"], "--grpo.task=parity:9: expected --task or that, not both"),
-        (["--task=parity:8", "--steps=10", "--grpo.updates=4"], "grpo.updates=4: expected a divisor of steps=10 and"),
+        (["--task=parity:8", "--steps=10", "--grpo.updates=4"], "grpo.updates=4: expected a divisor of steps=10"),
         (["--task=parity:8", "--style=talk"], "grpo.style=talk: expected one of"),
         (["--task=parity:8", "--style=chat"], "runs/micro-grpo: no chat template; looked for"),
         (["--task=parity:8", "--grpo.rewards=style:1"], "rewards=style:1: expected accuracy alone, for parity"),
@@ -73,18 +73,41 @@ def test_what_is_wrong_is_one_line(arguments, message, source, tmp_path, monkeyp
     assert last.startswith(f"dsjax: {message}".replace("SOURCE", str(source))), result.stderr
 
 
+def test_a_recipe_that_a_run_does_not_have_is_refused(source, tmp_path):
+    run = shutil.copytree(source, tmp_path / "run")
+    configuration.save(toys.config(source), run / "config.json")
+    settings = ["--optimizer.weight-decay=0", "--optimizer.peak-lr=0.1"]
+    result = CliRunner().invoke(cli, ["grpo", str(source), f"--run={run}", "--recipe=r1-1", *settings])
+    assert result.exit_code == 2 and result.stderr == (
+        "dsjax: --recipe=r1-1: its batch_size is 512, and the run has 16; expected no --recipe, to go on, or another "
+        "--run\n"
+    )
+
+
 @pytest.mark.slow
 def test_a_hub_folder_becomes_a_run(source, problems, tmp_path, monkeypatch):
     monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:1])
     hub, run = tmp_path / "hub", tmp_path / "run"
     export_checkpoint(source, hub)
     settings = ["--style=plain", "--batch-size=8", "--grpo.group-size=4", "--grpo.max-tokens=4", "--seq-len=32"]
+    tried = [
+        "grpo",
+        str(hub),
+        f"--task={problems}",
+        f"--run={run}",
+        *settings[:-1],
+        "--seq-len=5",
+        "--optimizer.b1=0.5",
+    ]
+    result = CliRunner().invoke(cli, tried)
+    assert "do not fit" in result.stderr, result.stderr
     for steps in (1, 2):
         asked = ["grpo", str(hub), f"--task={problems}", f"--run={run}", f"--steps={steps}", *settings]
         result = CliRunner().invoke(cli, asked)
         assert result.exit_code == 0, result.stderr
         assert max(row["step"] for row in read_lines(run / "metrics.jsonl") if row["kind"] == "train") == steps
     assert f"resuming {run} at step 1" in result.stderr
+    assert configuration.load(run / "config.json").optimizer.b1 == 0.9
 
 
 def test_a_run_that_came_to_nothing_is_begun_anew_and_one_of_another_model_is_refused(source, problems, tmp_path):
@@ -131,8 +154,8 @@ def test_the_recipes_are_the_published_ones(source):
         grpo = config.grpo
         assert (config.optimizer.peak_lr, config.batch_size, grpo.group_size) == (rate, batch, group)
         assert (grpo.max_tokens, grpo.temperature, grpo.objective) == (longest, temperature, objective)
-        assert (grpo.updates, config.steps) == (updates, steps)  # whole rounds
-        assert config.steps % updates == config.eval_every % updates == config.checkpoint_every % updates == 0
+        assert (grpo.updates, config.steps) == (updates, steps) and config.steps % updates == 0  # whole rounds
+        assert grpo.old_policy == ("trainer" if name == "v3_2" else "sampler")
     assert recipes.begin_with(base, "r1_1", {}).grpo.reference_every == 400
     with pytest.raises(ConfigError, match="nearest is math"):
         recipes.begin_with(base, "maths", {})

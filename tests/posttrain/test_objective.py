@@ -1,10 +1,13 @@
 """The loss of policy optimisation against the papers' equations, token by token, and against closed forms."""
 
+from typing import get_args, get_type_hints
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsjax.config import GrpoConfig
 from dsjax.posttrain.objective import OBJECTIVES, Objective, advantages, policy_loss, token_weights
 
 B, T, LONGEST = 6, 5, 8
@@ -134,6 +137,10 @@ def test_the_unbiased_penalty_has_the_gradient_of_the_divergence():
     expected = jax.grad(divergence)(logits)
     np.testing.assert_allclose(sampled("unbiased"), expected, atol=1e-6)
     assert np.abs(np.asarray(sampled("k3") - expected)).max() > 0.01
+
+
+def test_the_configuration_knows_the_objectives():
+    assert set(get_args(get_type_hints(GrpoConfig)["objective"])) == OBJECTIVES.keys()
 
 
 def test_a_wrong_name_is_an_error():

@@ -9,8 +9,11 @@ import models
 import numpy as np
 import pytest
 
+from dsjax.config import replace
+from dsjax.model import moe
 from dsjax.posttrain import policy, rows
 from dsjax.posttrain.objective import advantages
+from sharding.mesh import make_mesh
 
 
 @pytest.mark.usefixtures("one_device")
@@ -70,11 +73,41 @@ def test_replay_keeps_the_gap_closed_under_router_noise():
     assert apart[1] < 1e-6
 
 
+def test_a_score_leaves_no_rows_out(monkeypatch):
+    """Whatever room the step's buffers have."""
+    monkeypatch.setattr(moe, "CHEAP_BYTES", 0)
+    with jax.set_mesh(make_mesh(jax.devices()[:2], expert=2)):
+        cfg = checks.config()
+        model, bias = models.draw(cfg.model)
+        (given,) = checks.micros(cfg)
+        found = []
+        for room in (0.1, None):
+            compute = replace(cfg.compute, expert_buffer=room)
+            score = jax.jit(functools.partial(policy.score, compute=compute))
+            found.append(score(model, bias, given.batch, jnp.float32(1), None))
+            if room:
+                assert jax.jit(lambda batch, c=compute: model(batch, bias, c).overflow)(given.batch) > 0
+        np.testing.assert_array_equal(*found)
+
+
+def test_the_weights_of_tokens_are_compiled_once(monkeypatch):
+    shapes = []
+    right = rows.token_weights
+    monkeypatch.setattr(rows, "token_weights", lambda mask, *rest: shapes.append(mask.shape) or right(mask, *rest))
+    cfg = checks.config()
+    for keep in (checks.LONGEST, 3):
+        of = checks.groups()
+        for answer in (a for g in of for a in g.answers):
+            del answer.tokens[keep:], answer.logprobs[keep:], answer.versions[keep:], answer.experts[keep:]
+        list(rows.rollouts(of, np.ones((2, 4), np.float32), 0, cfg))
+    assert len(set(shapes)) == 1
+
+
 @pytest.mark.usefixtures("one_device")
 def test_weights_are_of_the_whole_step_and_rows_sorted_by_length():
     cfg = checks.config(accumulate=2)
     of = checks.groups()
-    made = list(rows.rollouts(of, rows.group_advantages(of, checks.rewards(), cfg), 0, cfg))
+    made = list(rows.rollouts(of, rows.group_advantages(checks.rewards(), cfg.grpo), 0, cfg))
     assert len(made) == 2
     lengths = [a["segment_ids"].sum(axis=1) for a in made]
     assert lengths[0].max() <= lengths[1].min()
@@ -93,7 +126,7 @@ def test_answers_that_were_cut_off_can_be_left_out_or_pay():
     learned = sum(a["mask"].sum() for a in made)
     assert learned == sum(len(a.tokens) for g in of for a in g.answers) - len(long.tokens)
     cfg = checks.config(overlong="penalty", overlong_buffer=4, objective="dr_grpo", kl_weight=0.0)
-    flat = rows.group_advantages(of, np.zeros((2, 4)), cfg)
+    flat = rows.group_advantages(np.stack([rows.paid(g, np.zeros(4), cfg.grpo) for g in of]), cfg.grpo)
     n = np.array([[len(a.tokens) for a in g.answers] for g in of])
     paid = np.minimum(0, (checks.LONGEST - 4 - n) / 4)
     np.testing.assert_allclose(flat, paid - paid.mean(axis=1, keepdims=True), atol=1e-6)

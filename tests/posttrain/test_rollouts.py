@@ -1,19 +1,29 @@
 """Which answers are learned from, and when: with an engine that says what it is told to, in any order of finishing."""
 
+import functools
 import json
 import random
 from collections import deque
+from types import SimpleNamespace
 
+import checks
+import jax
+import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsjax.config import ConfigError, GrpoConfig
+from dsjax.config import ConfigError, EngineConfig, GrpoConfig, replace
 from dsjax.data.tokenizer import bytes_tokenizer
+from dsjax.hub.load import Loaded
+from dsjax.infer.engine import Engine as RealEngine
 from dsjax.infer.requests import Sampled
+from dsjax.posttrain import policy, rows
 from dsjax.posttrain.problem import Problem
 from dsjax.posttrain.rollouts import Rollouts
+from sharding.mesh import make_mesh
 
 TOKENIZER = bytes_tokenizer()
 ROUNDS = 6
@@ -60,7 +70,7 @@ class Engine:
     def say(self, request):
         place = random.Random(f"{request.seed} {len(request.tokens)}")
         token = TOKENIZER.eos_id if place.random() < 0.2 else place.randrange(10, 200)
-        request.prompt_experts = np.full((1, len(request.prompt), 2), len(request.prompt), np.int32)
+        request.prompt_experts = np.full((1, len(request.prompt), 2), self.model, np.int32)
         request.tokens.append(token)
         request.tell([Sampled(token, -place.random(), experts=np.array([[self.model, token]], np.int32))])
         if token == TOKENIZER.eos_id or request.n_new >= request.max_tokens:
@@ -120,7 +130,11 @@ def test_no_answer_is_staler_than_allowed_and_each_group_is_learned_from_once(
                 assert len(answer.tokens) == len(answer.logprobs) == len(answer.versions) == len(answer.experts)
                 assert min(answer.versions) >= version - max_staleness * updates
                 assert answer.versions == sorted(answer.versions)
-                assert [e[0][0] for e in answer.experts] == answer.versions  # of the weights that sampled them
+                last = answer.versions[-1]  # whose reading the experts of all tokens are of
+                assert [e[0][0] for e in answer.experts] == [last] * len(answer.tokens)
+                assert answer.prompt_experts.shape == (1, len(group.prompt), 2) and np.all(
+                    answer.prompt_experts == last
+                )
         left = [g for g in rollouts.groups if g.done]
         assert all(g.number > max(one.number for one in groups) for g in left)  # of those done the oldest
         if n == resumed_at:
@@ -136,6 +150,29 @@ def test_no_answer_is_staler_than_allowed_and_each_group_is_learned_from_once(
     for n in range(resumed_at + 1, ROUNDS):
         assert said(other.collect(n * updates, n * updates, None)) == rounds[n]
     other.close()
+
+
+def test_an_answer_that_goes_on_under_new_weights_is_read_by_training_as_it_was_by_the_sampler(tmp_path):
+    """Two layers of experts: what the first one chooses for a token is what the second one reads of it."""
+    config = replace(checks.config(max_staleness=1, temperature=1.0), batch_size=4)
+    tokenizer = SimpleNamespace(eos_ids=range(36, models.VOCAB), decode=str)  # one token in four ends an answer
+    mesh, gone_on = make_mesh(jax.devices()[:1]), []
+    with jax.set_mesh(mesh):
+        (_, bias), *policies = (models.draw(config.model, seed) for seed in range(6))
+        options = EngineConfig(max_rows=8, max_model_len=config.seq_len, n_draft=0)
+        engine = RealEngine(Loaded(*policies[0], mesh, config, tmp_path), options)
+        rollouts = Rollouts(engine, Task(), lambda p: [5, 9, 7, 3], lambda p: "", tokenizer, config.grpo, 0, 1)
+        score = jax.jit(functools.partial(policy.score, compute=config.compute))
+        for version, (model, _) in enumerate(policies):
+            groups = rollouts.collect(version, model, bias)
+            (arrays,) = rows.rollouts(groups, np.zeros((1, 4)), version, config)
+            given = rows.on_mesh(arrays, mesh)
+            logp = score(model, bias, given.batch, jnp.float32(1), given.experts)
+            apart = np.abs(np.asarray(logp) - arrays["sampler"])[arrays["fresh"]]
+            gone_on += [a.versions for g in groups for a in g.answers if len(set(a.versions)) > 1]
+            assert apart.max(initial=0) < 1e-5
+        rollouts.close()
+    assert len(gone_on) > 2
 
 
 @pytest.mark.parametrize("max_staleness", [0, 2])

@@ -37,10 +37,11 @@ class Low:
         return [{"accuracy": part, "short": 1 / (1 + len(text))} for part, text in zip(low, texts)]
 
 
-def source(folder: Path) -> Path:
-    """A run folder with a checkpoint, as pre-training leaves it."""
+def source(folder: Path, **optimizer) -> Path:
+    """A run folder with a checkpoint, as pre-training leaves it; fields of OptimizerConfig by their names."""
     folder.mkdir(parents=True)
     config = base(folder)
+    config = replace(config, optimizer=replace(config.optimizer, **optimizer))
     bytes_tokenizer().save(folder / "tokenizer.json")
     save(config, folder / "config.json")
     with jax.set_mesh(make_mesh(jax.devices()[:1])), Checkpoints(folder) as checkpoints:

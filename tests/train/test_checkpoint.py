@@ -92,6 +92,24 @@ def test_inference_reads_the_model_alone(saved, state):
     assert all(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(restored.opt_state))
 
 
+def test_weights_are_read_whatever_else_their_checkpoint_holds(tmp_path):
+    averaged = replace(CONFIG, optimizer=replace(CONFIG.optimizer, ema_decay=0.9))
+    state, like = draw_state(averaged, ONE), abstract_state(CONFIG, ONE)
+    with jax.set_mesh(ONE), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        restored = checkpoints.restore_model(1, like)
+        assert_equal(restored.model, state.model)
+        assert_equal(restored.router_bias, state.router_bias)
+        checkpoints.save(2, state.replace(ema=None), {})
+        checkpoints.wait()
+        with pytest.raises(ConfigError, match=r"checkpoints/2: this checkpoint is damaged, or of another conf.*ema/"):
+            checkpoints.restore_model(2, like.replace(ema=like.model))
+        wide = replace(CONFIG, model=replace(CONFIG.model, hidden_size=48))
+        with pytest.raises(ConfigError, match=r"checkpoints/1: this checkpoint is damaged, or of another conf"):
+            checkpoints.restore_model(1, abstract_state(wide, ONE))
+
+
 def test_the_newest_are_kept(saved):
     with Checkpoints(saved, read_only=True) as checkpoints:
         assert checkpoints.latest() == checkpoints.find(None) == 3

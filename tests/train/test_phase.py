@@ -116,7 +116,7 @@ def test_a_run_that_has_begun_keeps_to_where_it_came_from(source, tmp_path):
     (run / "checkpoints" / "0").mkdir(parents=True)
     for came in (folder, None):
         assert begin(longer(config), run, came, {}) == longer(config)
-    with pytest.raises(ConfigError, match=rf"^--from=elsewhere: the run in {run} began with {folder}, step 5; choose"):
+    with pytest.raises(ConfigError, match=rf"^elsewhere: the run in {run} began with {folder}, step 5; choose"):
         begin(longer(config), run, Path("elsewhere"), {})
     (run / "from.json").unlink()
     with pytest.raises(ConfigError, match="began with new weights; choose another --run"):
@@ -137,7 +137,7 @@ def test_what_it_cannot_go_on_from_is_one_line(source, tmp_path):
         assert "\n" not in str(error.value)
     with (folder / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match=f"^--from={folder}: another process is training there; wait"):
+        with pytest.raises(ConfigError, match=f"^{folder}: another process is training there; wait"):
             begin(longer(config), tmp_path, folder, {})
     assert not (tmp_path / "from.json").exists()
     begin(longer(config), tmp_path, folder, {})
