@@ -153,7 +153,9 @@ class Rollouts:
         def tell(said: list[Sampled]) -> None:
             if self.records and len(answer.tokens) == n_read:  # what comes is sampled from this reading
                 read = request.prompt_experts[:, : n_prompt + n_read].copy()
-                answer.prompt_experts = read[:, :n_prompt]
+                known = [a.prompt_experts for a in group.answers if a.prompt_experts is not None]
+                of_prompt = read[:, :n_prompt]  # one array for all answers that read it alike
+                answer.prompt_experts = next((p for p in known if np.array_equal(p, of_prompt)), of_prompt)
                 answer.experts = list(read[:, n_prompt - 1 : -1].swapaxes(0, 1))
             for one in said:
                 answer.tokens.append(one.token)
