@@ -22,7 +22,7 @@ from typing import Any
 
 from dsjax.config import ConfigError
 from dsjax.posttrain.problem import Judge, Problem, Reward
-from dsjax.posttrain.rewards.answer import last_answer, last_boxed, without_thinking
+from dsjax.posttrain.rewards.answer import given_answer
 from dsjax.posttrain.rewards.workers import Workers
 
 _LONGEST = 20_000  # characters of an answer that is scored
@@ -47,13 +47,6 @@ def make_dataset(name: str, options: Mapping[str, Any]):
 
     with contextlib.redirect_stdout(io.StringIO()):
         return reasoning_gym.create_dataset(name, **options)
-
-
-def gym_answer(text: str) -> str | None:
-    r"""What is scored: the last \boxed{} behind the thinking, or else the last <answer>."""
-    text = without_thinking(text)
-    boxed = last_boxed(text)
-    return last_answer(text) if boxed is None else boxed
 
 
 class Scorers(Workers):
@@ -147,7 +140,7 @@ def _open() -> Iterator[Judge]:
     with Scorers() as scorers:
 
         def judge(problem: Problem, text: str) -> float:
-            answer = gym_answer(text)
+            answer = given_answer(text)
             name, options = problem.facts["gym"]
             return 0.0 if answer is None else scorers.score(name, options, problem.facts["entry"], answer)
 
