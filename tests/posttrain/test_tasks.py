@@ -110,6 +110,7 @@ GOOD = {"prompt": "1 + 1 =", "answer": "2"}
         ({**GOOD, "language": "klingon"}, "language", "language=klingon: expected one of"),
         ({**GOOD, "tests": [["1"]]}, "code", "tests: expected pairs of input and output, for the reward code"),
         (GOOD, "gym", "entry: expected a problem of gym:NAME, for the reward gym"),
+        ({**GOOD, "entry": {}}, "gym", "gym: expected a problem of gym:NAME, for the reward gym"),
         ({**GOOD, "rewards": ["format"]}, "think", "rewards=format: expected names of the task's rewards, think"),
         ({**GOOD, "rewards": 3}, "think", "rewards=3: expected a list of names"),
     ],
