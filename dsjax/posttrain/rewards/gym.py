@@ -114,7 +114,7 @@ def _mathematical(node: ast.AST) -> bool:
 def _guard() -> None:
     """Every place in this process where reasoning-gym or sympy would evaluate a text."""
     import sympy.parsing.sympy_parser
-    import sympy.physics.units  # noqa: F401  # it parses names when `simplify` imports it
+    import sympy.physics.units  # it parses names when `simplify` imports it
 
     parse = sympy.parsing.sympy_parser.parse_expr
     for name, module in list(sys.modules.items()):
