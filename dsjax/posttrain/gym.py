@@ -63,7 +63,7 @@ class Gym(Opened):
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[dict[str, float]]:
         return self._judging.judge(problems, texts)
 
-    def answer(self, text: str) -> str | None:
+    def answer(self, problem: Problem, text: str) -> str | None:
         """What is scored."""
         return given_answer(text)
 
