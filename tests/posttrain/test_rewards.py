@@ -123,6 +123,8 @@ def test_language():
     assert language_reward("So 我们 have") == 0.5 and language_reward("So 我们 have", "zh") == 0.5
     assert language_reward("これは漢字です", "ja") == 1 and language_reward("это so", "ru") == 0.5
     assert words_by_script("don't naïve") == {"latin": 3}
+    assert words_by_script("हिन्दी में") == {"devanagari": 2} and words_by_script("cafe\u0301s 𝑥") == {"latin": 2}
+    assert words_by_script("ｗｅ have α, Δx and μ") == {"latin": 4} and words_by_script("και η ζωή") == {"greek": 2}
     assert language_reward("<think>我们</think> <answer>we have</answer>", "zh") == 1  # neither tags nor the answer
     assert language_reward("<think>我们 so", "zh") == 2 / 3
     with pytest.raises(ValueError, match="language='klingon'"):
