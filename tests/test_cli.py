@@ -229,12 +229,12 @@ def test_eval_asks_problems(calls, run_folder, monkeypatch):
     )
     asking = dsjax.posttrain.evaluate.Asking
     assert run("eval", run_folder, "--task=parity:24").output.split() == ["pass@1", "0.5000"]
-    assert calls == [("model", "parity:24", 256, asking(), "runs/tiny", None, 8, "reward")]
-    options = "--limit=3 --samples=2 --temperature=0.5 --top-p=1 --max-tokens=9 --seed=0 --best-by=logprob --max-rows=2"
+    assert calls == [("model", "parity:24", 256, asking(), "runs/tiny", None, 8, "logprob")]
+    options = "--limit=3 --samples=2 --temperature=0.5 --top-p=1 --max-tokens=9 --seed=0 --best-by=reward --max-rows=2"
     more = ["--out=x.jsonl", "--checkpoint=3", "--json", "--style=r1_zero"]
     assert json.loads(run("eval", run_folder, "--task=parity:24", *options.split(), *more).output) == {"pass@1": 0.5}
     asked = asking(2, 0.5, 1.0, 9, 0, "r1_zero")
-    assert calls[1] == ("model", "parity:24", 3, asked, "runs/tiny, step 3", Path("x.jsonl"), 2, "logprob")
+    assert calls[1] == ("model", "parity:24", 3, asked, "runs/tiny, step 3", Path("x.jsonl"), 2, "reward")
     run("eval", run_folder, "--task=parity:24", "--temperature=0")
     assert calls[2][3] == asking(samples=1, temperature=0)
 
@@ -313,6 +313,12 @@ def test_eval_takes_a_seed_of_the_configuration_as_before(calls, run_folder):
         ("eval runs/tiny --samples=3", "--samples=3: expected with --task"),
         ("eval runs/tiny --task=parity:8 --tasks=x", "--tasks=x: expected without --task"),
         ("eval runs/tiny --task=parity:8 --steps=7", "--steps=7: expected with neither --task nor --tasks"),
+        ("eval runs/tiny --task=parity:8 --devices=4", "--devices=4: expected with neither --task nor --tasks"),
+        (
+            "eval runs/tiny --task=parity:8 --out=no/x.jsonl",
+            "--out=no/x.jsonl: expected a file in a folder that is there",
+        ),
+        (f"eval runs/tiny --task={'x' * 5000}", "task=xxxx"),
         ("eval runs/tiny --task=parity:8 --include-path=x", "--include-path=x: expected with --tasks"),
         ("eval runs/tiny --tasks=x --rewards=gym", "--rewards=gym: expected with --task"),
         ("eval runs/tiny --task=parity:8 --heldout", "--heldout: expected with a file; parity:8 has held-out problems"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from dsjax.cli.find import find_model, find_run, with_devices
 from dsjax.cli.output import as_typed, note, print_table
 from dsjax.cli.verb import DEVICES, NATURAL, POSITIVE, PROBABILITY, TEMPERATURE, Verb
 from dsjax.config import DTYPES, ConfigError, EngineConfig, load, override, show
+from dsjax.files import write_text
 
 _OF_TASKS = ("samples", "temperature", "top_p", "seed", "style", "limit", "dtype", "max_rows", "out")
 _OF_TASK = ("rewards", "max_tokens", "heldout", "best_by")
@@ -43,20 +45,30 @@ Examples:
 @click.option(
     "--samples", type=POSITIVE, help="Answers a problem.  [default: 16, 1 at temperature 0; with --tasks, theirs]"
 )
-@click.option("--temperature", type=TEMPERATURE, help="0 takes the likeliest token.  [default: 0.6]")
-@click.option("--top-p", type=PROBABILITY, help="Sample from this much probability.  [default: 0.95]")
+@click.option(
+    "--temperature", type=TEMPERATURE, help="0 takes the likeliest token.  [default: 0.6; with --tasks, theirs]"
+)
+@click.option(
+    "--top-p", type=PROBABILITY, help="Sample from this much probability.  [default: 0.95; with --tasks, theirs]"
+)
 @click.option("--max-tokens", type=POSITIVE, help="Longest answer.  [default: 2048]")
 @click.option("--seed", type=NATURAL, help="Of the samples.  [default: 0]")
 @click.option(
     "--style",
     type=click.Choice(["plain", "r1_zero", "chat"]),
-    help="How a problem is put.  [default: chat if the model has a template, else plain]",
+    help="How a problem is put.  [default: chat if the model has a template, else plain; with --tasks, plain]",
 )
-@click.option("--best-by", type=click.Choice(["reward", "logprob"]), help="What best-of-n goes by.  [default: reward]")
+@click.option(
+    "--best-by",
+    type=click.Choice(["reward", "logprob"]),
+    help="What best-of-n goes by: logprob, or rewards that need no answer key.  [default: logprob]",
+)
 @click.option("--limit", type=POSITIVE, metavar="N", help="The first N problems.  [default: all]")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the weights.  [default: the run's; bfloat16 from the Hub]")
 @click.option("--max-rows", type=POSITIVE, help=f"Answers computed at once.  [default: {EngineConfig.max_rows}]")
-@click.option("--out", metavar="FILE", help="Keeps the answers, one a line; what it has is not asked again.")
+@click.option(
+    "--out", metavar="FILE", help="Keeps the answers, one a line; with --task, what it has is not asked again."
+)
 def evaluate(run_folder: str, checkpoint, devices, as_json: bool, changes: dict[str, str], task, tasks, **given):
     """Measure MODEL on the held-out text of its run, or on all text of other --data.sources.
 
@@ -73,7 +85,7 @@ def evaluate(run_folder: str, checkpoint, devices, as_json: bool, changes: dict[
         raise ConfigError(f"--tasks={show(tasks)}: expected without --task")
     allowed = (*_OF_TASKS, *_OF_TASK) if task is not None else (*_OF_TASKS, "include_path")
     _refuse(given, allowed, "--tasks" if task is not None else "--task")
-    _refuse(with_devices(changes, devices), (), "neither --task nor --tasks")
+    _refuse({"devices": devices} if devices is not None else changes, (), "neither --task nor --tasks")
     folder = find_model(run_folder)
     from dsjax.hub.config import is_hub_folder
 
@@ -102,12 +114,11 @@ def _heldout_text(run_folder, checkpoint, devices, as_json, changes, given) -> N
 
 def _task(folder: Path, checkpoint: int | None, as_json: bool, spec: str, given: dict[str, Any]) -> None:
     from dsjax.posttrain.evaluate import Asking, evaluate
-    from dsjax.posttrain.tasks import open_task
+    from dsjax.posttrain.tasks import is_file, open_task
 
-    is_file = Path(spec).is_file()
-    if "heldout" in given and not is_file:
+    if "heldout" in given and not is_file(spec):
         raise ConfigError(f"--heldout: expected with a file; {show(spec)} has held-out problems of its own")
-    heldout = spec if is_file and "heldout" not in given else None
+    heldout = spec if is_file(spec) and "heldout" not in given else None
     out = _out(given)
     if given.get("temperature") == 0:
         given = {"samples": 1} | given
@@ -123,7 +134,7 @@ def _task(folder: Path, checkpoint: int | None, as_json: bool, spec: str, given:
             task,
             problems,
             asking,
-            best_by=given.get("best_by", "reward"),
+            best_by=given.get("best_by", "logprob"),
             max_rows=given.get("max_rows", EngineConfig.max_rows),
             out=out,
             label=str(folder) if step is None else f"{folder}, step {step}",
@@ -159,17 +170,18 @@ def _lm_eval(folder: Path, checkpoint: int | None, as_json: bool, names: str, gi
         seed=given.get("seed", 0),
         progress=sys.stderr.isatty(),
     )
+    if as_json:
+        click.echo(json.dumps(results["results"], indent=2, default=str))
+    else:
+        table = [
+            (task, metric, filter, f"{value:.4f}" if isinstance(value, float) else str(value),
+             "" if error is None else f"{error:.4f}")
+            for task, metric, filter, value, error in rows(results)
+        ]  # fmt: skip
+        print_table(["task", "metric", "filter", "value", "error"], table, right=[3, 4])
     if out is not None:
         lines = [{"task": name, **one} for name, of_task in results["samples"].items() for one in of_task]
-        out.write_text("".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
-    if as_json:
-        return click.echo(json.dumps(results["results"], indent=2, default=str))
-    table = [
-        (task, metric, filter, f"{value:.4f}" if isinstance(value, float) else str(value),
-         "" if error is None else f"{error:.4f}")
-        for task, metric, filter, value, error in rows(results)
-    ]  # fmt: skip
-    print_table(["task", "metric", "filter", "value", "error"], table, right=[3, 4])
+        write_text(out, "".join(json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines))
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
@@ -191,6 +203,8 @@ def _out(given: dict[str, Any]) -> Path | None:
     out = Path(given["out"]) if "out" in given else None
     if out is not None and (not out.name or out.is_dir()):
         raise ConfigError(f"--out={show(given['out'])}: expected a file")
+    if out is not None and not os.access(out.parent, os.W_OK):
+        raise ConfigError(f"--out={show(given['out'])}: expected a file in a folder that is there, and can be written")
     return out
 
 

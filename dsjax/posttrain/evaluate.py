@@ -74,6 +74,7 @@ class Judged(NamedTuple):
 
     right: bool
     reward: float  # by weight
+    form: float  # of those rewards alone that need no answer key
     said: str | None  # the answer in plain form; None where there is none
     logprob: float
 
@@ -84,7 +85,7 @@ def evaluate(
     problems: Sequence[Problem],
     asking: Asking = Asking(),
     *,
-    best_by: str = "reward",
+    best_by: str = "logprob",
     max_rows: int = EngineConfig.max_rows,
     out: Path | None = None,
     label: str = "",
@@ -94,20 +95,25 @@ def evaluate(
     """Shares of problems solved: pass@k, maj@k, the best of n; and lengths and rewards, each a mean.
 
     out: a file that keeps every answer as a line of JSON, with its rewards at the end; what it has is not asked again.
-    label: of the model, which that file must be of. Raises ConfigError for problems that cannot be asked or judged.
+    label: of the model, which that file must be of. best_by: what the best of n is chosen by, logprob, or the rewards
+    that need no answer key. Raises ConfigError for problems that cannot be asked or judged.
     """
     if best_by not in BEST_BY:
         raise ConfigError(
             f"best_by={show(best_by)}: expected reward or logprob; the nearest is {nearest(best_by, BEST_BY)[0]}"
         )
+    if best_by == "reward" and set(task.weights) <= set(RIGHT):
+        raise ConfigError(f"best_by=reward: expected logprob: each of {', '.join(task.weights)} needs the answer")
     check_judged(task, problems)
     options = {"max_rows": max_rows, "out": out, "label": label, "progress": progress, "say": say}
     asked = ask(loaded, task, problems, asking, **options)
-    cut = getattr(task, "answer", lambda text: None)
+    cut = getattr(task, "answer", lambda problem, text: None)
     judged: list[list[Judged]] = [[] for _ in problems]
     for answer, text, of in asked:
-        reward, said = total(of, task.weights), canonical(cut(text))
-        judged[answer.problem].append(Judged(is_right(of), reward, said, answer.logprob))
+        form = {name: value for name, value in of.items() if name not in RIGHT}
+        said = canonical(cut(problems[answer.problem], text))
+        worth = total(of, task.weights), total(form, task.weights)
+        judged[answer.problem].append(Judged(is_right(of), *worth, said, answer.logprob))
     parts = [of for _, _, of in asked]
     named = sorted({name for of in parts for name in of}, key=list(task.weights).index)
     return {
@@ -139,7 +145,7 @@ def ask(
         raise ConfigError(f"{task.name}: no problems to ask")
     template = ChatTemplate.load(loaded.folder) if asking.style == "chat" else None
     prompts = [encode(problem, loaded.tokenizer, template, asking.style) for problem in problems]
-    kept = None if out is None else _Kept(out, _head(task, prompts, asking, label), say)
+    kept = None if out is None else _Kept(out, _head(loaded, task, prompts, asking, label), say)
     answers = _ask(loaded, prompts, asking, max_rows, kept, progress)
     before = [begun(problem, template, asking.style) for problem in problems]
     texts = [before[answer.problem] + answer.text for answer in answers]
@@ -165,7 +171,12 @@ def is_right(parts: Mapping[str, float]) -> bool:
 
 
 def pass_at(k: int, n: int, right: int) -> float:
-    """The share of all k of n samples of which at least one is right, if `right` are (arXiv:2107.03374)."""
+    """The share of all k of n samples of which at least one is right, if `right` are (arXiv:2107.03374).
+
+    Raises ValueError for k > n.
+    """
+    if k > n:
+        raise ValueError(f"k={k}: expected at most n={n}")
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
@@ -196,10 +207,11 @@ def _shares(judged: list[list[Judged]], best_by: str) -> dict[str, float]:
     shares["pass@1_error"] = float(np.std(mean, ddof=1) / math.sqrt(len(mean))) if len(mean) > 1 else 0.0
     if n == 1:
         return shares
-    for k in powers(n)[1:]:
+    for k in powers(n)[1:] if any(one.said is not None for row in judged for one in row) else ():
         voted = [majority([one.said for one in row[:k]]) for row in judged]
         shares[f"maj@{k}"] = float(np.mean([i is not None and row[i].right for i, row in zip(voted, judged)]))
-    best = [max(row, key=lambda one: getattr(one, best_by)) for row in judged]  # the first of equals
+    by = {"reward": "form", "logprob": "logprob"}[best_by]
+    best = [max(row, key=lambda one: getattr(one, by)) for row in judged]  # the first of equals
     return shares | {f"best@{n}_by_{best_by}": float(np.mean([one.right for one in best]))}
 
 
@@ -229,7 +241,7 @@ def _ask(
                 max_tokens=min(asking.max_tokens, room - len(prompts[i])),
                 temperature=asking.temperature,
                 top_p=asking.top_p,
-                seed=(asking.seed + i * asking.samples + j) % 2**32,
+                seed=int.from_bytes(hashlib.sha256(f"{asking.seed} {i} {j}".encode()).digest()[:4]),
                 stop_ids=loaded.tokenizer.eos_ids,
                 logprobs=0,
             )
@@ -258,10 +270,11 @@ def _follow(request: Request, key: tuple[int, int], text: Text, answers: dict, k
     request.tell, request.done = tell, done
 
 
-def _head(task: Task, prompts: list[list[int]], asking: Asking, label: str) -> dict[str, Any]:
+def _head(loaded: Loaded, task: Task, prompts: list[list[int]], asking: Asking, label: str) -> dict[str, Any]:
     """What all answers of a file have in common."""
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
-    return {"model": label, "task": task.name, "prompts": digest, **dataclasses.asdict(asking)}
+    model = {"model": label, "precision": loaded.config.compute.precision}
+    return {**model, "task": task.name, "prompts": digest, **dataclasses.asdict(asking), "seeds": "sha256"}
 
 
 class _Kept:
@@ -269,10 +282,11 @@ class _Kept:
 
     def __init__(self, path: Path, head: dict[str, Any], say: Callable[[str], None]):
         self.path, self.head, self.say = path, head, say
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        text = path.read_bytes().decode("utf-8", "replace") if path.is_file() else ""
+        *lines, last = text.split("\n")
         read = [_object(line) for line in lines]
-        if read and read[-1] is None:
-            read.pop()  # cut off
+        if last and not lines and not last.startswith('{"asked"'):
+            read.append(None)  # else the last line was cut off
         if read and (None in read or "asked" not in read[0] or not all("problem" in line for line in read[1:])):
             raise ConfigError(f"{path}: not one that this command wrote; expected a new file, or its own")
         for name, value in head.items() if read else ():

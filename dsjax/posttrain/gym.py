@@ -14,7 +14,8 @@ from typing import Any
 from dsjax.config import ConfigError, nearest, show
 from dsjax.posttrain.judging import Judging, lack, read_weights
 from dsjax.posttrain.problem import Opened, Problem
-from dsjax.posttrain.rewards.gym import check, gym_answer, make_dataset
+from dsjax.posttrain.rewards.answer import given_answer
+from dsjax.posttrain.rewards.gym import check, make_dataset
 
 _N_HELDOUT = 128
 _A_SEED = 1000  # problems taken of one seed of the package: some of its data sets have no more than they were made for
@@ -62,9 +63,9 @@ class Gym(Opened):
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[dict[str, float]]:
         return self._judging.judge(problems, texts)
 
-    def answer(self, text: str) -> str | None:
+    def answer(self, problem: Problem, text: str) -> str | None:
         """What is scored."""
-        return gym_answer(text)
+        return given_answer(text)
 
     @functools.cached_property
     def _heldout(self) -> tuple[list[Problem], set[str]]:

@@ -93,8 +93,8 @@ class EngineLM(TemplateLM):
         for n, request in enumerate(requests):
             context, given = request.args
             options, until, max_tokens = _options(given)
-            max_tokens = min(max_tokens, self.longest - 1)
-            prompt = self._begin(self.tok_encode(context))[-(self.longest - max_tokens) :]
+            prompt = self._begin(self.tok_encode(context))[-(self.longest - 1) :]
+            max_tokens = min(max_tokens, self.longest - len(prompt))
             seed = (self.seed + n) % 2**32
             one = Request(prompt, max_tokens=max_tokens, seed=seed, stop_ids=tokenizer.eos_ids, **options)
             text = Text(tokenizer, until)
@@ -175,8 +175,8 @@ def run_tasks(
     """What lm-eval's `simple_evaluate` gives: "results" by task, "samples" with every document, and more.
 
     include_path: a folder of YAML tasks; lm-eval's own if not given. samples: of tasks that generate, in place of their
-    `repeats`, for filters as majority_vote. sampling: temperature and top_p, in place of theirs; at temperature 0, the
-    likeliest tokens. Raises ConfigError for a task that is not there.
+    `repeats`, for filters as majority_vote. sampling: temperature and top_p, in place of theirs; a temperature says
+    whether it samples: at 0 it takes the likeliest tokens. Raises ConfigError for a task that is not there.
     """
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"include_path={show(str(include_path))}: no such folder")
@@ -187,7 +187,9 @@ def run_tasks(
             raise ConfigError(f"tasks={show(name)}: no such task; the nearest is {near[0]}")
     given = None
     if sampling is not None:
-        given = {"do_sample": sampling.get("temperature", 1.0) > 0, **sampling}
+        given = dict(sampling)
+        if "temperature" in sampling:  # top_p alone leaves a greedy task greedy
+            given["do_sample"] = sampling["temperature"] > 0
     found = simple_evaluate(
         EngineLM(loaded, chat=chat, max_rows=max_rows, seed=seed, progress=progress),
         tasks=list(names),

@@ -100,10 +100,10 @@ class TaskMix(Opened):
                     judged[i] = of
         return judged
 
-    def answer(self, text: str) -> str | None:
-        """As the first task finds one that does."""
-        found = (task.answer(text) for task in self.tasks if hasattr(task, "answer"))
-        return next((answer for answer in found if answer is not None), None)
+    def answer(self, problem: Problem, text: str) -> str | None:
+        """As the problem's task finds it."""
+        task = self.tasks[problem.facts[FACT]]
+        return task.answer(problem, text) if hasattr(task, "answer") else None
 
 
 def _of(which: int, problem: Problem) -> Problem:

@@ -16,7 +16,7 @@ import numpy as np
 from dsjax.config import ConfigError, show
 from dsjax.posttrain.judging import Judging, lack, read_weights
 from dsjax.posttrain.problem import Opened, Problem
-from dsjax.posttrain.rewards.answer import last_answer, last_boxed, without_thinking
+from dsjax.posttrain.rewards.answer import given_answer
 from dsjax.posttrain.rewards.choice import chosen_letter
 
 _HELDOUT = 8  # of 256 problems
@@ -34,6 +34,7 @@ class ProblemFile(Opened):
         held = None if heldout is None else _read(heldout)
         self.name, self.seed = path.stem, seed
         if weights is None:  # what the lines name, or accuracy
+            _check_all_or_none([*problems, *(held or ())])
             named = [n for _, p in problems if isinstance(p.facts.get("rewards"), list) for n in p.facts["rewards"]]
             weights = dict.fromkeys(filter(lambda name: isinstance(name, str), named), 1.0) or "accuracy"
         self.weights = read_weights(weights)
@@ -64,15 +65,23 @@ class ProblemFile(Opened):
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[dict[str, float]]:
         return self._judging.judge(problems, texts)
 
-    def answer(self, text: str) -> str | None:
-        r"""The last \boxed{}, or else the last <answer>, or else the letter that the text settles on."""
-        behind = without_thinking(text)
-        boxed = last_boxed(behind)
-        answer = last_answer(behind) if boxed is None else boxed
-        return chosen_letter(text) if answer is None else answer
+    def answer(self, problem: Problem, text: str) -> str | None:
+        r"""For choice the letter that the text settles on, for accuracy the last \boxed{} or else the last <answer>."""
+        judged_by = problem.facts.get("rewards", self.weights)
+        if "choice" in judged_by:
+            return chosen_letter(text)
+        return given_answer(text) if "accuracy" in judged_by else None
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self._problems))
+
+
+def _check_all_or_none(problems: Sequence[tuple[str, Problem]]) -> None:
+    """Raises ConfigError where some lines name their rewards and others do not: nothing says what these would be."""
+    names = next((where for where, problem in problems if "rewards" in problem.facts), None)
+    lacks = next((where for where, problem in problems if "rewards" not in problem.facts), None)
+    if names is not None and lacks is not None:
+        raise ConfigError(f"{lacks}: rewards: expected, for {names} names its own; or weights for all")
 
 
 def _hash(problem: Problem) -> bytes:

@@ -38,8 +38,8 @@ STYLES = ("plain", "r1_zero", "chat")
 class Task(Protocol):
     """Problems without end to learn from, some that are held out, and what an answer is worth.
 
-    Those of `open_task` are contexts, or have `close`, which ends what judges; and `answer`, which cuts out of a text
-    what is judged, None if there is nothing.
+    Those of `open_task` are contexts, or have `close`, which ends what judges; and `answer(problem, text)`, which
+    cuts out of a text what is judged, None if there is nothing.
     """
 
     name: str
@@ -63,6 +63,14 @@ def total(parts: Mapping[str, float], weights: Mapping[str, float]) -> float:
     return sum(weights[name] * value for name, value in parts.items())
 
 
+def is_file(spec: str | Path) -> bool:
+    """Whether there is a file of this name; what is too long for one is none."""
+    try:
+        return Path(spec).is_file()
+    except OSError:
+        return False
+
+
 def open_task(
     spec: str | Path,
     *,
@@ -78,7 +86,7 @@ def open_task(
     given. Raises ConfigError for what is none, with its line in a file; for a reward that a problem has not the means
     for; and where code would run without a sandbox.
     """
-    if not Path(spec).is_file() and len(mixed := parts(str(spec))) > 1:
+    if not is_file(spec) and len(mixed := parts(str(spec))) > 1:
         return _open_mix(mixed, weights, seed, heldout)
     kind, colon, rest = str(spec).partition(":")
     if colon and kind in ("gym", "parity") and heldout is not None:
@@ -88,11 +96,11 @@ def open_task(
     if colon and kind == "gym":
         return open_gym(rest, weights, seed)
     if colon and kind == "parity":
-        if weights not in (None, "accuracy", "accuracy:1", {"accuracy": 1}):
+        if weights is not None and read_weights(weights) != {"accuracy": 1}:
             raise ConfigError(f"rewards={show(weights)}: expected accuracy alone, for parity")
         return open_parity(rest, seed)
     path = Path(spec)
-    if not path.is_file():
+    if not is_file(path):
         near = f"; the nearest is {nearest(kind, ['gym', 'parity'])[0]}:" if colon else ""
         raise ConfigError(f"task={show(str(spec))}: expected a .jsonl file, gym:NAME, or parity:BITS{near}")
     return ProblemFile(path, weights, seed, None if heldout is None else Path(heldout))
@@ -106,9 +114,13 @@ def _open_mix(mixed: list[tuple[str, float]], weights, seed: int, heldout) -> Ta
     with ExitStack() as stack:
         tasks = []
         for name, _ in mixed:
-            known = None if given is None or name.startswith("parity:") else dict(given)
-            if known is not None and not name.startswith("gym:"):
-                known.pop("gym", None)
+            kind = name.partition(":")[0]
+            refused = ("choice", "code") if kind == "gym" else ("gym",)
+            known = None if given is None else {part: weight for part, weight in given.items() if part not in refused}
+            if kind == "parity":
+                known = None
+            elif known == {}:
+                raise ConfigError(f"rewards={', '.join(given)}: expected one that {name} can be judged by as well")
             tasks.append(stack.enter_context(open_task(name, weights=known, seed=seed)))
         mix = TaskMix(tasks, [share for _, share in mixed], given)
         stack.pop_all()

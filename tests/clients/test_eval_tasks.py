@@ -104,6 +104,9 @@ def test_the_command(taught, results, tmp_path):
     done = CliRunner().invoke(cli, args, catch_exceptions=False)
     assert json.loads(done.stdout)["choice"]["acc,none"] == results["results"]["choice"]["acc,none"]
     assert [json.loads(line)["task"] for line in out.read_text().splitlines()] == ["choice"] * 3
+    missing = tmp_path / "no" / "out.jsonl"
+    refused = CliRunner().invoke(cli, [*args[:4], f"--out={missing}"])
+    assert refused.exit_code and "expected a file in a folder that is there" in refused.output
     done = CliRunner().invoke(cli, args[:4], catch_exceptions=False)
     assert done.stdout.split("\n")[0].split() == ["task", "metric", "filter", "value", "error"]
     for args, message in (
@@ -112,6 +115,29 @@ def test_the_command(taught, results, tmp_path):
     ):
         refused = runs.dsjax("eval", taught, *args, env=runs.environment(taught.parent / "compiled"))
         assert refused.returncode == 2 and f"dsjax: {message}" in refused.stderr
+
+
+def test_a_long_answer_leaves_the_prompt_alone(loaded, monkeypatch):
+    from lm_eval.api.instance import Instance
+
+    model, asked = EngineLM(loaded), []
+    monkeypatch.setattr(model, "_run", lambda requests, what: asked.extend(requests))
+    for context, n in (("short", 10_000), ("short", 7), ("x" * 10_000, 7)):
+        model.generate_until([Instance("generate_until", {}, (context, {"max_gen_toks": n}), 0)])
+    short = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("short")]
+    assert asked[0].prompt == asked[1].prompt == short and asked[1].max_tokens == 7
+    assert asked[0].max_tokens == model.longest - len(short)
+    assert (len(asked[2].prompt), asked[2].max_tokens) == (model.longest - 1, 1)
+
+
+def test_top_p_alone_leaves_a_greedy_task_greedy(loaded, monkeypatch):
+    asked, run = [], EngineLM._run
+    monkeypatch.setattr(
+        EngineLM, "_run", lambda self, requests, what: asked.extend(requests) or run(self, requests, what)
+    )
+    run_tasks(loaded, ["text"], TASKS, sampling={"top_p": 0.5}, limit=1)
+    run_tasks(loaded, ["text"], TASKS, sampling={"top_p": 0.5, "temperature": 0.5}, limit=1)
+    assert [one.temperature for one in asked] == [0, 0.5]
 
 
 def test_what_a_task_may_ask_for(loaded):

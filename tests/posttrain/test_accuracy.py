@@ -26,6 +26,12 @@ def never(expected, answer):
         (r"\boxed{\frac{1}{2}}", "0.5", 1), (r"\boxed{5}", "4", 0), ("4", "4", 0),
         (r"<think>\boxed{4}</think> so it is", "4", 0), ("<answer>4</answer>", "4", 1),
         (r"<answer>4</answer> \boxed{5}", "4", 0), (r"\boxed{}", "4", 0), (r"\boxed{\text{Paris}}", "paris", 1),
+        (r"<think>try \boxed{4} hmm", "4", 0), (r"<think>a</think> \boxed{5} <think>or \boxed{4}?", "4", 0),
+        (r"a</think> \boxed{4}", "4", 1), (r"\boxed{Pairs}", "Paris", 0), (r"\boxed{listen}", "silent", 0),
+        (r"\boxed{\text{CAB}}", "ABC", 0), (r"\boxed{50\%}", "50", 1), (r"\boxed{50}", r"50\%", 1),
+        (r"\boxed{50\%}", "0.5", 1), (r"\boxed{50\%}", "5", 0), (r"\boxed{\Delta}", r"\delta", 0),
+        (r"\boxed{X}", "x", 0), (rf"\boxed{{{'1' * 1000}2}}", "1" * 1000 + "3", 0),
+        (rf"\boxed{{{'12' * 1000}}}", "12" * 1000, 1), (r"\boxed{1 1/2}", "1.5", 1), (r"\boxed{1 1/2}", "11/2", 0),
     ],
 )  # fmt: skip
 def test_texts_and_numbers_need_no_algebra(text, expected, reward):

@@ -16,14 +16,15 @@ def test_the_last_program_behind_the_thinking():
     assert last_program(f"```py\nfirst\n```\n{ADD}\nDone.").startswith("a, b")
     assert last_program("```python\nprint('```')\n```") == "print('```')\n"
     assert last_program("```python\nnot ended") is None
+    assert last_program(f"{ADD}\nIt prints\n```\n3\n```").startswith("a, b")
+    assert last_program("1. So:\n   ```python\n   if x:\n     y\n\n   ```\n") == "if x:\n  y\n\n"
 
 
 def test_a_program_is_judged_by_its_output():
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
     assert code_reward(ADD, TESTS) == 1
-    half = ADD.replace("a + b", "3")
-    assert code_reward(half, TESTS) == 0 and code_reward(half, TESTS, partial=True) == 0.5
+    assert code_reward(ADD.replace("a + b", "3"), TESTS) == 0
     assert code_reward(ADD + "\n```python\n1/0\n```", TESTS) == 0
     assert code_reward("```python\nprint(3)\nraise SystemExit(1)\n```", TESTS[:1]) == 0
     assert code_reward("no program", TESTS) == 0

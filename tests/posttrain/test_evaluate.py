@@ -1,5 +1,6 @@
 """What a model solves of a task, against counting by hand; and a run that was ended goes on."""
 
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -14,7 +15,7 @@ from dsjax.config import ConfigError
 from dsjax.hub.load import logits
 from dsjax.infer.engine import Engine
 from dsjax.posttrain import evaluate as evaluation
-from dsjax.posttrain.evaluate import Asking, Judged, canonical, evaluate, majority, pass_at, powers
+from dsjax.posttrain.evaluate import Answer, Asking, Judged, canonical, evaluate, majority, pass_at, powers
 from dsjax.posttrain.problem import Problem
 from dsjax.posttrain.tasks import open_task
 
@@ -27,6 +28,8 @@ def test_pass_at_k_is_the_share_of_subsets(n):
         samples = [True] * right + [False] * (n - right)
         subsets = list(itertools.combinations(samples, k))
         assert pass_at(k, n, right) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    with pytest.raises(ValueError, match=f"k={n + 1}: expected at most n={n}"):
+        pass_at(n + 1, n, 0)
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=7))
@@ -39,7 +42,7 @@ def test_majority_is_by_counting(said):
 
 @given(st.lists(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=4, max_size=4), min_size=2, max_size=3))
 def test_shares_are_those_of_all_draws(rows):
-    judged = [[Judged(right, reward, str(right), -i) for i, (right, reward) in enumerate(row)] for row in rows]
+    judged = [[Judged(right, 9.0, form, str(right), -i) for i, (right, form) in enumerate(row)] for row in rows]
     shares = evaluation._shares(judged, "reward")
     assert shares["pass@1"] == pytest.approx(np.mean([[right for right, _ in row] for row in rows]))
     assert shares["pass@4"] == np.mean([any(right for right, _ in row) for row in rows])
@@ -49,11 +52,13 @@ def test_shares_are_those_of_all_draws(rows):
     )
     best = [max(range(4), key=lambda i: (row[i][1], -i)) for row in rows]
     assert shares["best@4_by_reward"] == np.mean([row[i][0] for i, row in zip(best, rows)])
+    silent = [[one._replace(said=None) for one in row] for row in judged]
+    assert {name for name in shares if name not in evaluation._shares(silent, "reward")} == {"maj@2", "maj@4"}
     assert evaluation._shares(judged, "logprob")["best@4_by_logprob"] == np.mean([row[0][0] for row in rows])
 
 
 def test_answers_are_counted_in_one_form():
-    assert canonical("0.50") == canonical(r"\frac{1}{2}") == canonical("50%") == "1/2" and canonical(" B ") == "b"
+    assert canonical("0.50") == canonical(r"\frac{1}{2}") == canonical("50%") == "1/2" and canonical(" Ab ") == "ab"
     assert canonical(None) is canonical("") is canonical("$$") is None
     assert powers(1) == [1] and powers(12) == [1, 2, 4, 8, 12] and powers(16) == [1, 2, 4, 8, 16]
 
@@ -78,7 +83,7 @@ class Letters:
     def judge(self, problems, texts):
         return [{"accuracy": float(t[:1] < "@"), "format": float(len(t) > 4)} for t in texts]
 
-    def answer(self, text):
+    def answer(self, problem, text):
         return text[:1]
 
 
@@ -87,7 +92,7 @@ ASKING = Asking(samples=4, temperature=1.0, top_p=1.0, max_tokens=6, seed=3)
 
 
 def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def test_a_run_that_was_ended_goes_on(loaded, tmp_path, monkeypatch):
@@ -95,6 +100,7 @@ def test_a_run_that_was_ended_goes_on(loaded, tmp_path, monkeypatch):
     result = evaluate(loaded, Letters(), PROBLEMS, ASKING, out=whole, max_rows=4)
     head, *rows = read(whole)
     assert head["asked"]["samples"] == 4 and head["asked"]["task"] == "letters"
+    assert head["asked"]["precision"] == loaded.config.compute.precision
     assert [(r["problem"], r["sample"]) for r in rows] == list(itertools.product(range(3), range(4)))
     right = np.array([r["rewards"]["accuracy"] for r in rows])
     assert result["pass@1"] == result["reward_accuracy"] == right.mean() and 0 < right.mean() < 1
@@ -131,9 +137,51 @@ def test_a_run_that_was_ended_goes_on(loaded, tmp_path, monkeypatch):
     ):
         with pytest.raises(ConfigError, match=message):
             evaluate(loaded, Letters(), PROBLEMS, **{"asking": ASKING, "out": out} | changed)
-    out.write_text('{"line": 1}\n')
+    older = {name: value for name, value in head["asked"].items() if name != "seeds"}
+    out.write_text(json.dumps({"asked": older}) + "\n")
+    with pytest.raises(ConfigError, match="its answers are of seeds=none, and now it is sha256"):
+        evaluate(loaded, Letters(), PROBLEMS, ASKING, out=out)
+
+
+@pytest.mark.parametrize("text", ['{"line": 1}\n', "my notes", "my notes\n", '{"asked": {}}\nnotes\n', "\n", "{"])
+def test_a_file_of_something_else_is_not_touched(loaded, tmp_path, text):
+    out = tmp_path / "out.jsonl"
+    out.write_text(text)
     with pytest.raises(ConfigError, match="not one that this command wrote"):
         evaluate(loaded, Letters(), PROBLEMS, ASKING, out=out)
+    assert out.read_text() == text
+
+
+def test_answers_hold_any_character(tmp_path):
+    path, head, said = tmp_path / "out.jsonl", {"model": "m"}, []
+    answer = Answer(0, 0, "one\u2028two\x85three\x0bfour\r\n", "stop", 3, -1.0)
+    kept = evaluation._Kept(path, head, said.append)
+    kept.add(answer)
+    assert evaluation._Kept(path, head, said.append).answers() == {(0, 0): answer}
+    path.write_text('{"asked": {"mod')  # its first line was cut off
+    assert evaluation._Kept(path, head, said.append).answers() == {}
+
+
+def test_seeds_of_one_run_are_not_those_of_the_next(loaded, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(Engine, "submit", lambda self, request: seeds.append(request.seed) or request.done("stop"))
+    monkeypatch.setattr(Engine, "run", lambda self: None)
+    for seed in range(3):
+        with pytest.warns(RuntimeWarning):  # the mean of no tokens
+            evaluate(loaded, Letters(), PROBLEMS, dataclasses.replace(ASKING, seed=seed))
+    assert len(set(seeds)) == len(seeds) == 36
+
+
+class Worthless(Letters):
+    name, weights = "worthless", {"accuracy": 1.0}
+
+
+def test_the_best_is_not_chosen_by_the_answer_key(loaded):
+    result = evaluate(loaded, Letters(), PROBLEMS, ASKING, max_rows=4)
+    assert "best@4_by_logprob" in result and "best@4_by_reward" not in result
+    assert "best@4_by_reward" in evaluate(loaded, Letters(), PROBLEMS, ASKING, best_by="reward", max_rows=4)
+    with pytest.raises(ConfigError, match="best_by=reward: expected logprob: each of accuracy needs the answer"):
+        evaluate(loaded, Worthless(), PROBLEMS, ASKING, best_by="reward")
 
 
 def test_greedy_answers_are_the_likeliest_tokens(loaded, tmp_path):

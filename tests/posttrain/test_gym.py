@@ -65,6 +65,12 @@ def test_right_answers_of_data_sets_that_evaluate(scorers, name):
     assert scorers.score(name, {}, entry, "no") < 0.1
 
 
+def test_what_sympy_parses_for_itself_is_not_refused(scorers):
+    entry = make_dataset("intermediate_integration", {"seed": 1, "size": 30})[27]
+    assert entry["metadata"]["integrand"] == "-(9*x + 10)**2"  # is simplified, for which sympy imports its units
+    assert scorers.score("intermediate_integration", {}, entry, entry["answer"]) == 1
+
+
 @pytest.mark.parametrize("name", ["string_insertion", "n_queens", "countdown", "polynomial_multiplication"])
 def test_nothing_that_a_model_writes_is_run(scorers, tmp_path, name):
     entry, mark = make_dataset(name, {"seed": 1})[0], tmp_path / "mark"
@@ -75,6 +81,21 @@ def test_nothing_that_a_model_writes_is_run(scorers, tmp_path, name):
     ):  # fmt: skip
         assert scorers.score(name, {}, entry, hostile) < 0.1
     assert not mark.exists() and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "answer", ["0x{target:x} # {numbers}", "{target} # {numbers}", "{target}e0+0e0*({sum})", "(x-x)*({sum})+{ones}"]
+)
+def test_countdown_is_not_won_by_numbers_that_do_not_count(scorers, answer):
+    entry = make_dataset("countdown", {"seed": 1})[0]
+    target, numbers = entry["metadata"]["target"], entry["metadata"]["numbers"]
+    text = answer.format(
+        target=target,
+        numbers=" ".join(map(str, numbers)),
+        sum="+".join(map(str, numbers)),
+        ones="+".join(["x/x"] * target),
+    )
+    assert scorers.score("countdown", {}, entry, text) < 0.1
 
 
 def test_what_takes_for_ever_is_worth_nothing(scorers):
@@ -95,6 +116,9 @@ def test_what_is_let_through():
     for text in ("x", "f(1)", "[i for i in 'a']", "(lambda: 1)()", "a.b", "f'{x}'", "'a'.join('b')", "1 if 2 else 3"):
         with pytest.raises(ValueError):
             literal(text)
+    for text in ("0x135 # 6 61 94 4", "1_0", "0b1", "0O7", "1e3", "x # y"):
+        with pytest.raises(ValueError):
+            mathematics(text)
     for text in ("open(x)", "sin.x", "'x'", "sin('x')", "x(1)", "sin(x=1)", "[x]", "eval", "S('x')", "sin(x)(y)"):
         with pytest.raises(ValueError):
             mathematics(text)

@@ -71,9 +71,22 @@ def test_each_text_is_judged_by_its_task(files):
         judged = mix.judge([second, first, second], texts)
         assert judged == [{"think": 1}, {"choice": 1, "language": 1}, {"think": 0}]
         assert [total(of, mix.weights) for of in judged] == [0.5, 3, 0]
-        assert mix.answer("<answer>7</answer>") == "7"
+        assert mix.answer(first, "<answer>b</answer>") == "B" and mix.answer(second, "<answer>b</answer>") is None
     with open_task(f"{one},parity:24", weights="choice:1,language:1,accuracy:0.5") as mix:
         assert mix.weights == {"choice": 1, "language": 1, "accuracy": 0.5}
+
+
+def test_each_task_of_a_mix_takes_the_weights_that_it_knows(tmp_path):
+    pytest.importorskip("reasoning_gym", reason="needs the gym extra")
+    letters = write(tmp_path / "l.jsonl", [{"prompt": f"l{i}", "answer": "B"} for i in range(90)])
+    with open_task(f"{letters},gym:chain_sum", weights="choice:1,gym:2,format:0.5") as mix:
+        first, second = mix.problem(0), mix.problem(1)
+        judged = mix.judge([first, second], ["B", f"<answer>{second.answer}</answer>"])
+        assert judged == [{"choice": 1, "format": 0}, {"gym": 1, "format": 0}]
+    with pytest.raises(ConfigError, match=r"^rewards=gym: expected one that .*l.jsonl can be judged by as well"):
+        open_task(f"{letters},gym:chain_sum", weights="gym")
+    with pytest.raises(ConfigError, match=r"^rewards=choice: expected one that gym:chain_sum can be judged by as well"):
+        open_task(f"{letters},gym:chain_sum", weights="choice")
 
 
 class Weighed:

@@ -73,8 +73,9 @@ def test_rewards_of_a_file(tmp_path):
         assert got == [{"accuracy": 1, "format": 1}, {"choice": 1}, {"accuracy": 0, "format": 0}]
         assert [total(parts, task.weights) for parts in got] == [2, 1, 0]
         assert total({"accuracy": 1.0, "format": 1.0}, {"accuracy": 1.0, "format": 0.5}) == 1.5
-        assert task.answer(r"\boxed{1} \boxed{2}") == "2" and task.answer("The answer is B") == "B"
-        assert task.answer("none") is None
+        assert task.answer(sum_, r"\boxed{1} \boxed{2}") == "2" and task.answer(choice, "The answer is B") == "B"
+        assert task.answer(choice, r"\boxed{(B)}") == task.answer(choice, r"\boxed{b}") == "B"
+        assert task.answer(sum_, "The answer is B") is task.answer(choice, "none") is None
 
 
 def test_a_program_is_judged_in_the_sandbox_or_not_at_all(tmp_path, monkeypatch):
@@ -83,6 +84,7 @@ def test_a_program_is_judged_in_the_sandbox_or_not_at_all(tmp_path, monkeypatch)
         with open_task(path, heldout=path) as task:
             program = "```python\nprint(sum(map(int, input().split())))\n```"
             assert task.judge(task.heldout() * 2, [program, "3"]) == [{"code": 1}, {"code": 0}]
+            assert task.answer(task.heldout()[0], r"\boxed{3}") is None  # nothing to vote on
     from dsjax.posttrain.rewards import sandbox
 
     def none():
@@ -110,6 +112,7 @@ GOOD = {"prompt": "1 + 1 =", "answer": "2"}
         ({**GOOD, "language": "klingon"}, "language", "language=klingon: expected one of"),
         ({**GOOD, "tests": [["1"]]}, "code", "tests: expected pairs of input and output, for the reward code"),
         (GOOD, "gym", "entry: expected a problem of gym:NAME, for the reward gym"),
+        ({**GOOD, "entry": {}}, "gym", "gym: expected a problem of gym:NAME, for the reward gym"),
         ({**GOOD, "rewards": ["format"]}, "think", "rewards=format: expected names of the task's rewards, think"),
         ({**GOOD, "rewards": 3}, "think", "rewards=3: expected a list of names"),
     ],
@@ -118,6 +121,19 @@ def test_a_line_that_cannot_be_judged_is_named_at_once(tmp_path, record, weights
     path = write(tmp_path / "bad.jsonl", [GOOD | {"language": "en", "rewards": []}, record])
     with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: line 2: {message}"):
         open_task(path, weights=weights)
+
+
+def test_rewards_of_one_line_are_not_those_of_the_others(tmp_path):
+    lines = [{"prompt": "1", "answer": "B"}, {"prompt": "2", "answer": "B", "rewards": ["choice"]}]
+    path = write(tmp_path / "some.jsonl", lines)
+    message = f"{path}: line 1: rewards: expected, for {path}: line 2 names its own; or weights for all"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        open_task(path)
+    other = write(tmp_path / "other.jsonl", lines[1:])
+    with pytest.raises(ConfigError, match=r"held.jsonl: line 1: rewards: expected"):
+        open_task(other, heldout=write(tmp_path / "held.jsonl", lines[:1]))
+    with open_task(path, weights="choice,format", heldout=path) as task:
+        assert task.judge(task.heldout(), ["B", "B"]) == [{"choice": 1, "format": 0}, {"choice": 1}]
 
 
 def test_what_is_no_task(tmp_path):
@@ -130,6 +146,8 @@ def test_what_is_no_task(tmp_path):
     for spec, message in (
         ("gyn:chain_sum", "task=gyn:chain_sum: expected a .jsonl file, gym:NAME, or parity:BITS; the nearest is gym:"),
         ("nowhere.jsonl", "task=nowhere.jsonl: expected a .jsonl file"),
+        ("x" * 5000, "expected a .jsonl file, gym:NAME, or parity:BITS"),
+        ("parity:24," + "x" * 5000 + ".jsonl", "expected a .jsonl file, gym:NAME, or parity:BITS"),
         ("parity:x", "parity:x: expected a number of bits"),
         ("parity:4", "parity:4: expected 8 to 4096 bits"),
     ):
@@ -137,8 +155,11 @@ def test_what_is_no_task(tmp_path):
             open_task(spec)
     with pytest.raises(ConfigError, match="heldout=x: expected with a file"):
         open_task("parity:24", heldout="x")
-    with pytest.raises(ConfigError, match="rewards=format: expected accuracy alone, for parity"):
-        open_task("parity:24", weights="format")
+    for weights in ("format", "accuracy:2", "accuracy,format"):
+        with pytest.raises(ConfigError, match="expected accuracy alone, for parity"):
+            open_task("parity:24", weights=weights)
+    for weights in ("accuracy", "accuracy:1.0", " accuracy:1", {"accuracy": 1.0}):
+        assert open_task("parity:24", weights=weights).weights == {"accuracy": 1}
 
 
 def test_weights_as_they_are_typed():

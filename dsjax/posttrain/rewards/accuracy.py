@@ -5,14 +5,17 @@ math-verify in worker processes that are killed when their time is over: an expr
 """
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 from dsjax.config import ConfigError
 from dsjax.posttrain.problem import Judge, Problem, Reward
-from dsjax.posttrain.rewards.answer import last_answer, last_boxed, number, plain, without_thinking
+from dsjax.posttrain.rewards.answer import LONGEST, given_answer, number, plain
 from dsjax.posttrain.rewards.workers import Workers
+
+_WORD = re.compile(r"[^\W\d_]{3,}")
 
 
 def accuracy_reward(text: str, expected: str, same: Callable[[str, str], bool]) -> float:
@@ -20,10 +23,7 @@ def accuracy_reward(text: str, expected: str, same: Callable[[str, str], bool]) 
 
     same: whether two answers that differ as texts, and are not both numbers, are equal (`Judges.same`).
     """
-    text = without_thinking(text)
-    answer = last_boxed(text)
-    if answer is None:
-        answer = last_answer(text)
+    answer = given_answer(text)
     if not answer:
         return 0.0
     one, other = plain(answer), plain(expected)
@@ -31,8 +31,17 @@ def accuracy_reward(text: str, expected: str, same: Callable[[str, str], bool]) 
         return 1.0
     values = number(one), number(other)
     if None not in values:
-        return float(values[0] == values[1])
+        return float(values[0] == values[1] or _percents(one, other))
+    if one.lower() == other.lower() or (_WORD.fullmatch(one) and _WORD.fullmatch(other)):
+        return 0.0  # math-verify is blind to case, and reads a word as a product of its letters: Paris is Pairs
+    if max(len(answer), len(expected)) > LONGEST:
+        return 0.0
     return float(same(expected, answer))
+
+
+def _percents(one: str, other: str) -> bool:
+    """Whether one of two numbers leaves out the sign of its percents: 50% and 50."""
+    return one.endswith("%") != other.endswith("%") and number(one.rstrip("%")) == number(other.rstrip("%"))
 
 
 class Judges(Workers):

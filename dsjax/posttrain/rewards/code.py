@@ -9,41 +9,36 @@ from dsjax.posttrain.rewards import sandbox
 from dsjax.posttrain.rewards.answer import without_thinking
 from dsjax.posttrain.rewards.sandbox import Bounds, run_python
 
-_FENCED = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^([ \t]*)```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 
 
 def last_program(text: str) -> str | None:
-    """The last fenced block behind the thinking that is marked as Python, or not marked. None if there is none."""
-    blocks = [
-        body
-        for name, body in _FENCED.findall(without_thinking(text))
-        if name.lower() in ("", "py", "python", "python3")
-    ]
-    return blocks[-1] if blocks else None
+    """The last fenced block behind the thinking that is marked as Python, or else that is not marked; without the
+    fence's indent. None if there is none."""
+    last: dict[bool, str] = {}
+    for indent, name, body in _FENCED.findall(without_thinking(text)):
+        if name.lower() in ("", "py", "python", "python3"):
+            last[bool(name)] = re.sub(f"^{indent}", "", body, flags=re.MULTILINE) if indent else body
+    return last.get(True, last.get(False))
 
 
-def code_reward(
-    text: str, tests: Sequence[tuple[str, str]], bounds: Bounds = Bounds(), *, partial: bool = False
-) -> float:
-    """1 if the last program of the text gives the expected output for every input, else 0; partial: the share of them.
+def code_reward(text: str, tests: Sequence[tuple[str, str]], bounds: Bounds = Bounds()) -> float:
+    """1 if the last program of the text gives the expected output for every input, else 0.
 
     tests: pairs of standard input and expected output, which are compared without spaces at the ends of lines and empty
-    lines at the end. Without `partial` the first wrong output ends it. Raises SandboxError where there is no sandbox,
-    and ValueError without tests.
+    lines at the end. The first wrong output ends it. Raises SandboxError where there is no sandbox, and ValueError
+    without tests.
     """
     if not tests:
         raise ValueError("tests: expected at least one pair of input and output")
     program = last_program(text)
     if program is None:
         return 0.0
-    right = 0
     for given, expected in tests:
         outcome = run_python(program, given, bounds)
-        good = outcome.reason == "exit" and outcome.code == 0 and _lines(outcome.output) == _lines(expected)
-        right += good
-        if not good and not partial:
+        if outcome.reason != "exit" or outcome.code != 0 or _lines(outcome.output) != _lines(expected):
             return 0.0
-    return right / len(tests)
+    return 1.0
 
 
 def _lines(text: str) -> list[str]:

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import os
 import pickle
+import re
 import resource
 import sys
 import warnings
@@ -22,13 +23,14 @@ from typing import Any
 
 from dsjax.config import ConfigError
 from dsjax.posttrain.problem import Judge, Problem, Reward
-from dsjax.posttrain.rewards.answer import last_answer, last_boxed, without_thinking
+from dsjax.posttrain.rewards.answer import given_answer
 from dsjax.posttrain.rewards.workers import Workers
 
 _LONGEST = 20_000  # characters of an answer that is scored
 _SECONDS = 10.0
 _OPERATORS = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.expr_context)
 _LITERAL = (*_OPERATORS, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict)
+_HIDES = re.compile(r"[#_]|\d[a-zA-Z]")  # 0x1f, 3e2 and comments: numbers where data sets count digits by a pattern
 _FUNCTIONS = frozenset((
     "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh",
     "exp", "log", "ln", "sqrt", "Abs", "pi",
@@ -49,13 +51,6 @@ def make_dataset(name: str, options: Mapping[str, Any]):
         return reasoning_gym.create_dataset(name, **options)
 
 
-def gym_answer(text: str) -> str | None:
-    r"""What is scored: the last \boxed{} behind the thinking, or else the last <answer>."""
-    text = without_thinking(text)
-    boxed = last_boxed(text)
-    return last_answer(text) if boxed is None else boxed
-
-
 class Scorers(Workers):
     """reasoning-gym in n processes. To be used as a context; `score` may be called from several threads."""
 
@@ -66,6 +61,7 @@ class Scorers(Workers):
         """0 to 1; 0 for what takes longer than `seconds`, and for what the data set fails on."""
         if len(answer) > _LONGEST:
             return 0.0
+        # Pickled, for JSON has no tuples, and scores differ then. We alone write it, and a worker's word is a number.
         said = self.ask(pickle.dumps((pickle.dumps((name, dict(options))), dict(entry), answer)))
         score = float(said or 0)
         return min(1.0, score) if score > 0 else 0.0  # NaN too
@@ -78,13 +74,20 @@ def only_literals(evaluate: Callable) -> Callable:
 
 def only_mathematics(evaluate: Callable) -> Callable:
     """sympy's `parse_expr` for numbers, short names and mathematical functions; ValueError for anything else."""
-    return _only(_mathematical, evaluate)
+    return _only(_mathematical, evaluate, _HIDES)
 
 
-def _only(allowed: Callable[[ast.AST], bool], evaluate: Callable) -> Callable:
+def only_arithmetic(evaluate: Callable) -> Callable:
+    """sympy's `parse_expr` for decimal numbers alone: where they are counted, x/x is one too many."""
+    return _only(_arithmetic, evaluate, _HIDES)
+
+
+def _only(allowed: Callable[[ast.AST], bool], evaluate: Callable, refused: re.Pattern | None = None) -> Callable:
     @functools.wraps(evaluate)
     def guarded(text, *args, **kwargs):
-        if not isinstance(text, str) or not all(map(allowed, ast.walk(ast.parse(text.strip(), mode="eval")))):
+        if not isinstance(text, str) or (refused is not None and refused.search(text)):
+            raise ValueError(f"{evaluate.__name__} of what it is not for")
+        if not all(map(allowed, ast.walk(ast.parse(text.strip(), mode="eval")))):
             raise ValueError(f"{evaluate.__name__} of more than it is for")
         return evaluate(text.strip(), *args, **kwargs)
 
@@ -95,26 +98,30 @@ def _literal(node: ast.AST) -> bool:
     return isinstance(node, _LITERAL)
 
 
+def _arithmetic(node: ast.AST) -> bool:
+    return (isinstance(node, ast.Constant) and isinstance(node.value, int | float)) or isinstance(node, _OPERATORS)
+
+
 def _mathematical(node: ast.AST) -> bool:
     match node:
-        case ast.Constant(value):
-            return not isinstance(value, str | bytes)
         case ast.Name(name):
             return name in _FUNCTIONS or (len(name) <= 2 and name.isalpha())
         case ast.Call(ast.Name(name), _, []):
             return name in _FUNCTIONS
-    return isinstance(node, _OPERATORS)
+    return _arithmetic(node)
 
 
 def _guard() -> None:
     """Every place in this process where reasoning-gym or sympy would evaluate a text."""
     import sympy.parsing.sympy_parser
+    import sympy.physics.units  # it parses names when `simplify` imports it
 
     parse = sympy.parsing.sympy_parser.parse_expr
     for name, module in list(sys.modules.items()):
         known = vars(module)
         if known.get("parse_expr") is parse:
-            module.parse_expr = only_mathematics(parse)
+            games = name.startswith("reasoning_gym.games.")  # countdown, puzzle24
+            module.parse_expr = (only_arithmetic if games else only_mathematics)(parse)
         if name.partition(".")[0] == "reasoning_gym":
             module.eval = only_literals(eval)
             module.exec = only_literals(exec)
@@ -147,7 +154,7 @@ def _open() -> Iterator[Judge]:
     with Scorers() as scorers:
 
         def judge(problem: Problem, text: str) -> float:
-            answer = gym_answer(text)
+            answer = given_answer(text)
             name, options = problem.facts["gym"]
             return 0.0 if answer is None else scorers.score(name, options, problem.facts["entry"], answer)
 
@@ -155,7 +162,8 @@ def _open() -> Iterator[Judge]:
 
 
 def _lacks(problem: Problem) -> str | None:
-    return None if "entry" in problem.facts else "entry: expected a problem of gym:NAME, for the reward gym"
+    missing = next((name for name in ("entry", "gym") if name not in problem.facts), None)
+    return missing and f"{missing}: expected a problem of gym:NAME, for the reward gym"
 
 
 REWARD = Reward(_open, _lacks)

@@ -1,5 +1,6 @@
 """Reward for staying in one language: the share of words of a chain of thought that are of it (R1, section 2.3)."""
 
+import itertools
 import re
 import unicodedata
 from contextlib import nullcontext
@@ -22,23 +23,28 @@ _SCRIPTS = {
 }
 LANGUAGES = {language: script for script, languages in _SCRIPTS.items() for language in languages}
 _ALSO = {"hiragana": {"hiragana", "katakana", "cjk"}, "hangul": {"hangul", "cjk"}}
+_BY_LETTER = {"cjk", "hiragana", "katakana"}
 _NOT_PROSE = re.compile(r"```.*?```|\$\$.*?\$\$|\$[^$\n]*\$|\\[a-zA-Z]+|https?://\S+", re.DOTALL)
 _RUN = re.compile(r"[^\W\d_]+")
 
 
 def words_by_script(text: str) -> dict[str, int]:
-    """How many words of each script. A Chinese character or a kana is one; formulas, code and numbers are none."""
+    """How many words of each script. A Chinese character or a kana is one; formulas, fenced code, numbers and single
+    Greek letters, which are mathematics, are none."""
     counts: dict[str, int] = {}
-    for run in _RUN.findall(_NOT_PROSE.sub(" ", text)):
-        last = None
-        for letter in run:
-            script = _script(letter)
-            if script is None:
-                continue
-            if script != last or script in ("cjk", "hiragana", "katakana"):
-                counts[script] = counts.get(script, 0) + 1
-            last = script
+    for run in _RUN.findall(_NOT_PROSE.sub(" ", _letters(text))):
+        for script, letters in itertools.groupby(run, _script):
+            n = len(list(letters))
+            if script is not None and (script, n) != ("greek", 1):
+                counts[script] = counts.get(script, 0) + (n if script in _BY_LETTER else 1)
     return counts
+
+
+def _letters(text: str) -> str:
+    """The text with one sign for a letter, and without the marks on it, which would divide a word."""
+    if text.isascii():
+        return text
+    return "".join(c for c in unicodedata.normalize("NFKC", text) if not unicodedata.category(c).startswith("M"))
 
 
 def language_reward(text: str, language: str = "en") -> float:

@@ -1,13 +1,15 @@
 """Runs a program that nobody has read: in bubblewrap's namespaces, without network, files and rights, within bounds.
 
-It sees an interpreter and the system's libraries, read-only, and an empty /tmp of its own in memory. Its processes end
-with the sandbox, whatever they do: they are those of a namespace whose first process is killed. As root, rights are
-dropped before the sandbox begins, so that a way out of it would lead to the user `nobody`. There is no filter of system
-calls: against an unknown hole of the kernel, run it in a virtual machine.
+It sees an interpreter and the system's libraries, read-only, and has no place to write. Its processes end with the
+sandbox, whatever they do: they are those of a namespace whose first process is killed. As root, rights are dropped
+before the sandbox begins, so that a way out of it would lead to the user `nobody`. System calls that hold memory
+outside of the bounds, or that it does not need, are refused (`seccomp`). Against an unknown hole of the kernel, run it
+in a virtual machine.
 """
 
 import functools
 import os
+import platform
 import selectors
 import shutil
 import signal
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsjax.config import ConfigError
+from dsjax.posttrain.rewards.seccomp import ARCHITECTURES, filter_program
 
 _NOBODY = 65534
 _STARTING_S = 5.0  # more than a program's own time, for the sandbox to begin
@@ -25,12 +28,11 @@ _STARTING_S = 5.0  # more than a program's own time, for the sandbox to begin
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a program may take."""
+    """What a program may take: of memory, at most processes * memory_mib."""
 
-    seconds: float = 10.0  # by the clock, and of processors
+    seconds: float = 10.0  # of a processor, each process; by the clock, 5 more for the sandbox to begin
     memory_mib: int = 512  # of addresses, each process
-    processes: int = 16
-    files_mib: int = 64  # in /tmp
+    processes: int = 4  # and threads; one of them is the sandbox's own
     output_bytes: int = 1 << 20
 
 
@@ -50,9 +52,11 @@ class SandboxError(ConfigError):
 
 def run_python(program: str, given: str = "", bounds: Bounds = Bounds()) -> Outcome:
     """Runs a Python program on `given` as standard input. Raises SandboxError where no sandbox can be made."""
-    interpreter, *_ = _interpreter()
     check()
-    return _run([interpreter, "-I", "-S", "-c", _LOADER, str(len(program.encode()))], program, given, bounds)
+    interpreter, *_ = _interpreter()
+    source = program.encode("utf-8", "replace")
+    given = given.encode("utf-8", "replace")
+    return _run([interpreter, "-I", "-S", "-c", _LOADER, str(len(source))], source + given, bounds)
 
 
 # The program comes before its input: a command line is seen by all processes, and is short.
@@ -67,7 +71,23 @@ while n:
     parts.append(part)
     n -= len(part)
 sys.argv = ["program.py"]
-exec(compile(b"".join(parts), "program.py", "exec"), {"__name__": "__main__"})
+names = {"__name__": "__main__", "exit": sys.exit, "quit": sys.exit}  # which -S leaves out
+exec(compile(b"".join(parts), "program.py", "exec"), names)
+"""
+
+# What a sandbox must not let a program do; nothing if it contains it.
+_PROBE = """
+import os
+wrong = {
+    "it runs as root": os.getuid() == 0,
+    "it sees the machine's files": os.path.exists("/etc/passwd") or os.path.exists("/sys"),
+    "it can write": any(os.access(place, os.W_OK) for place in ("/", "/usr", "/dev", "/dev/shm")),
+    "it has open files": len(os.listdir("/proc/self/fd")) > 8,
+    "it sees other processes": os.getpid() > 8,
+    "it has a network": len(open("/proc/net/route").readlines()) > 1,
+    "its system calls are not filtered": "Seccomp:\\t2" not in open("/proc/self/status").read(),
+}
+print(*(name for name, so in wrong.items() if so), sep=", ", end=".")
 """
 
 
@@ -78,43 +98,47 @@ def check() -> None:
         raise SandboxError(
             "code is judged in a sandbox alone, and bwrap is not here: install bubblewrap (apt install bubblewrap)"
         )
+    if platform.machine() not in ARCHITECTURES:
+        raise SandboxError(f"code is judged on {' and '.join(ARCHITECTURES)} alone, and this is {platform.machine()}")
     interpreter, *_ = _interpreter()
-    probe = (
-        "import os; print(os.getuid() != 0 and not os.path.exists('/home') and len(os.listdir('/proc/self/fd')) < 9)"
-    )
-    outcome = _run([interpreter, "-I", "-S", "-c", probe], "", "", Bounds(), errors=(said := []))
-    if outcome.output.strip() != "True":
-        why = said[0].strip().splitlines()[-1] if said and said[0].strip() else f"{outcome.reason} {outcome.code}"
-        raise SandboxError(f"code is judged in a sandbox alone, and bwrap makes none here: {why}")
+    outcome = _run([interpreter, "-I", "-S", "-c", _PROBE], b"", Bounds(), errors=(said := []))
+    if (outcome.reason, outcome.code, outcome.output) != ("exit", 0, "."):
+        last = said[0].strip().splitlines()[-1:] if said else []
+        why = outcome.output.strip(".") or (last[0] if last else f"{outcome.reason} {outcome.code}")
+        raise SandboxError(f"code is judged in a sandbox alone, and bwrap makes none here, with {interpreter}: {why}")
 
 
 @functools.cache
 def _interpreter() -> tuple[str, Path | None]:
-    """A Python that is seen inside, and its folder if that is not below /usr: our own, or the system's if nobody may
-    read our own."""
+    """A Python that is seen inside, and its folder if that is not below /usr: the system's, or our own."""
+    if system := _works(Path("/usr/bin/python3")):
+        return str(system), None
     own = Path(os.path.realpath(sys.executable))
     prefix = Path(os.path.realpath(sys.base_prefix))
-    if prefix.is_relative_to("/usr") and not prefix.is_relative_to("/usr/local"):
-        return str(own), None
     if os.geteuid() == 0:
         readable = all(p.stat().st_mode & 0o005 == 0o005 for p in (prefix, *prefix.parents))
     else:
         readable = os.access(prefix, os.R_OK | os.X_OK)
     if readable and own.is_relative_to(prefix):
-        return str(own), prefix
-    if (system := Path("/usr/bin/python3")).exists():
-        return str(system), None
-    raise SandboxError(f"the user nobody may not read {prefix}, and there is no /usr/bin/python3 to judge code with")
+        return str(own), None if prefix.is_relative_to("/usr") else prefix
+    raise SandboxError(f"the user nobody may not read {prefix}, and no /usr/bin/python3 works: no Python to judge code")
 
 
-def _command(bounds: Bounds) -> list[str]:
+def _works(python: Path) -> Path | None:
+    """Where a Python below /usr really is; None for one that does not run, or is elsewhere."""
+    real = Path(os.path.realpath(python))
+    if not real.is_relative_to("/usr") or not real.is_file():
+        return None
+    return real if subprocess.run([real, "-I", "-S", "-c", ""], capture_output=True).returncode == 0 else None
+
+
+def _command(bounds: Bounds, seccomp: int) -> list[str]:
     _, prefix = _interpreter()
     command = [
         "bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session",
         "--cap-drop", "ALL", "--uid", str(_NOBODY), "--gid", str(_NOBODY), "--hostname", "sandbox", "--clearenv",
-        "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8",
-        "--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev",
-        "--size", str(bounds.files_mib << 20), "--tmpfs", "/tmp", "--chdir", "/tmp",
+        "--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/", "--setenv", "LANG", "C.UTF-8",
+        "--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev", "--chdir", "/",
     ]  # fmt: skip
     for name in ("bin", "lib", "lib32", "lib64"):
         path = Path("/", name)
@@ -126,10 +150,12 @@ def _command(bounds: Bounds) -> list[str]:
         command += ["--ro-bind", str(prefix), str(prefix)]
     limits = {
         "as": bounds.memory_mib << 20, "nproc": bounds.processes, "cpu": max(1, round(bounds.seconds)), "core": 0,
-        "fsize": bounds.files_mib << 20, "nofile": 64,
+        "fsize": 0, "nofile": 64,
     }  # fmt: skip
     return [
         *command,
+        "--seccomp",
+        str(seccomp),
         "--remount-ro",
         "/dev",
         "--remount-ro",
@@ -140,22 +166,29 @@ def _command(bounds: Bounds) -> list[str]:
     ]
 
 
-def _run(command: list[str], program: str, given: str, bounds: Bounds, errors: list[str] | None = None) -> Outcome:
+def _run(command: list[str], given: bytes, bounds: Bounds, errors: list[str] | None = None) -> Outcome:
     dropped = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
     began = time.monotonic()
-    process = subprocess.Popen(
-        [*_command(bounds), *command],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE if errors is not None else subprocess.DEVNULL,
-        cwd="/",
-        env={"PATH": os.environ.get("PATH", "/usr/bin:/bin")},
-        start_new_session=True,
-        **dropped,
-    )
+    seccomp, written = os.pipe()
+    try:
+        with os.fdopen(written, "wb") as pipe:
+            pipe.write(filter_program(platform.machine()))
+        process = subprocess.Popen(
+            [*_command(bounds, seccomp), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if errors is not None else subprocess.DEVNULL,
+            cwd="/",
+            env={"PATH": os.environ.get("PATH", "/usr/bin:/bin")},
+            start_new_session=True,
+            pass_fds=(seccomp,),
+            **dropped,
+        )
+    finally:
+        os.close(seccomp)
     try:
         end = began + bounds.seconds + _STARTING_S
-        reason, output = _talk(process, (program + given).encode("utf-8", "replace"), bounds.output_bytes, end)
+        reason, output = _talk(process, given, bounds.output_bytes, end)
         if reason == "exit":
             try:
                 process.wait(max(0.0, end - time.monotonic()))
@@ -167,6 +200,7 @@ def _run(command: list[str], program: str, given: str, bounds: Bounds, errors: l
         if errors is not None:
             errors.append(process.stderr.read().decode("utf-8", "replace"))
             process.stderr.close()
+        process.stdin.close()
         process.stdout.close()
         process.wait()
     seconds, code = time.monotonic() - began, process.returncode

@@ -21,7 +21,7 @@ for place in (
         except OSError:
             pass
 seen += [name for name in os.environ if name not in ("PATH", "HOME", "LANG", "LC_CTYPE", "PWD")]
-seen += [name for name in os.listdir("/tmp")]
+seen += [name for name in ("/tmp", "/etc") if os.path.exists(name)]
 for process in glob.glob("/proc/[0-9]*"):
     with open(f"{process}/cmdline", "rb") as file:
         line = file.read()

@@ -1,7 +1,15 @@
 import os
 
 wrote = []
-places = ["/escaped", "/usr/escaped", "/usr/bin/escaped", "/lib/escaped", "/proc/sys/kernel/hostname", "/dev/escaped"]
+places = [
+    "/escaped",
+    "/usr/escaped",
+    "/usr/bin/escaped",
+    "/lib/escaped",
+    "/proc/sys/kernel/hostname",
+    "/dev/escaped",
+    "/tmp/dsjax-escaped",
+]
 places += [os.path.dirname(os.__file__) + "/escaped.py"]
 for place in places:
     try:
@@ -10,6 +18,4 @@ for place in places:
         wrote.append(place)
     except OSError:
         pass
-with open("/tmp/dsjax-escaped", "w") as file:
-    file.write("x")
 print("escaped" if wrote else "refused", wrote)
