@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dsjax import config as configuration
 from dsjax.config import PLAIN, BalanceConfig, ComputeConfig, Config, ConfigError, DataConfig, ModelConfig, show
 from dsjax.data.tokenizer import Tokenizer
+from dsjax.files import write_json
 from dsjax.hub import fp8
 from dsjax.hub.checkpoint import HubCheckpoint, pieces
 from dsjax.hub.config import HubConfig, from_hub, to_hub
@@ -71,6 +72,7 @@ def import_checkpoint(
                 out.create(leaf, shape, np.dtype(np.float32), shape).write(np.zeros(shape, np.float32)).result()
         out.finish([*leaves, *biases])
         _keep_side(hub, folder / "hub", hub.differing_copies(), say)
+        shutil.copyfile(folder / "config.json", folder / "hub" / "run.json")
 
 
 def export_checkpoint(
@@ -214,13 +216,14 @@ def _run_files(hub: HubCheckpoint, folder: Path, dtype: str | None, say: Say) ->
         Tokenizer.load(hub.folder)  # raises for a damaged one
     else:
         say("tokenizer.json: not there; `dsjax generate` and `dsjax train` need one in the run folder")
-    _copy_files(hub.folder, folder)
+    copy_text(hub.folder, folder)
     configuration.save(config, folder / "config.json")
 
 
 def _keep_side(hub: HubCheckpoint, side: Path, differing: list[HubTensor], say: Say) -> None:
     side.mkdir()
     shutil.copyfile(hub.folder / "config.json", side / "config.json")
+    write_json(side / "source.json", {"folder": str(hub.folder.absolute())})
     (side / "tensors.json").write_text(json.dumps({t.name: hub.files[t.name].dtype for t in hub.tensors}, indent=0))
     scales = [t.name + fp8.SUFFIX for t in hub.tensors if hub.scale(t.name)]
     for file, names in (("scales", scales), ("extra", [t.name for t in differing])):
@@ -255,7 +258,8 @@ def _out_dtype(t: HubTensor, given: str | None, dtype: str | None, fp8_blocks: b
     return "F32" if t.name.endswith("e_score_correction_bias") else "BF16"
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def copy_text(source: Path, target: Path) -> None:
+    """Copies what a run or Hub folder has for text: the tokenizer's files, and the chat template."""
     for name in TEXT_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -263,7 +267,7 @@ def _copy_files(source: Path, target: Path) -> None:
 
 def _text_files(run: Path, folder: Path, made_here: bool, say: Say) -> dict:
     """Copies the tokenizer's files, and makes those that a run of ours has not; returns its ids for config.json."""
-    _copy_files(run, folder)
+    copy_text(run, folder)
     if not (run / "tokenizer.json").is_file():
         say("tokenizer.json: the run has none, and the export neither")
         return {}
