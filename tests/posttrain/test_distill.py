@@ -276,7 +276,9 @@ def test_the_teachers_logits_are_never_more_than_it_has_room_for(teacher, run, m
     paths[2].unlink()
     teaching._top.cache_clear()
     monkeypatch.setattr(teaching, "_SHORTEST", 8)
-    monkeypatch.setattr(teaching, "_ELEMENTS", 264 * 20)  # two rows of 8 tokens, or one of 16, or 20 of the longest's 32
+    monkeypatch.setattr(
+        teaching, "_ELEMENTS", 264 * 20
+    )  # two rows of 8 tokens, or one of 16, or 20 of the longest's 32
     shapes, lengths = [], read_part(run / "data", "train").lengths.tolist()
     counted = type(teacher.model).logits
 

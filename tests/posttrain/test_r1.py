@@ -392,7 +392,7 @@ def test_a_fine_tuning_in_progress_keeps_to_its_template_and_turns(places, prete
         with pytest.raises(ConfigError, match=rf"^{places}/r1.toml: stage 1 \(cold_start\): {message}"):
             go(places, text.replace(before, after, 1))
     (places / "base/checkpoints/5").rename(places / "base/checkpoints/6")
-    with pytest.raises(ConfigError, match="base: step is 6, and the stages done in .* with 5; choose another --run"):
+    with pytest.raises(ConfigError, match=r"base: step is 6, and the stages done in .* with 5; choose another --run"):
         go(places, text)
     (places / "base/checkpoints/6").rename(places / "base/checkpoints/5")
     assert go(places, text.replace("# epochs = 3", "epochs = 3"))["done"] is False  # more passes may be asked for
@@ -418,18 +418,32 @@ FITS = FITS.replace("problems = 4", 'problems = 4\nstyle = "plain"')
         ('"LETTERS"', '"partiy:24"', "stage 2 (rl): task=partiy:24: expected a .jsonl file, gym:NAME, or parity:BITS"),
         ('"LETTERS"', '"LETTERS"\nrewards = "chioce"', "stage 2 (rl): rewards: chioce: no such reward; the nearest is"),
         ('"plain"', '"plain"\n[[measure]]\nname = "a"\ntask = "b"', "measure a: task=b: expected a .jsonl"),
-        ('"plain"', '"chat"', "stage 3 (kept): style=chat: rl has no chat template; expected template in a stage of ki"),
-        ("batch_size = 8", 'grpo.style = "chat"', "stage 2 (rl): style=chat: cold has no chat template; expected templ"),
         (
-            '"plain"', '"plain"\n[[measure]]\nname = "a"\ntask = "LETTERS"',
-            "measure a: style=chat: cold has no chat template; expected template in a stage of kind sft that it comes of",
+            '"plain"',
+            '"chat"',
+            "stage 3 (kept): style=chat: rl has no chat template; expected template in a stage of ki",
         ),
         (
-            '"plain"', '"plain"\n[[measure]]\nname = "a"\ntask = "ASKED"\nrewards = "format"\nstyle = "plain"',
+            "batch_size = 8",
+            'grpo.style = "chat"',
+            "stage 2 (rl): style=chat: cold has no chat template; expected templ",
+        ),
+        (
+            '"plain"',
+            '"plain"\n[[measure]]\nname = "a"\ntask = "LETTERS"',
+            "measure a: style=chat: cold has no chat template; expected template in a stage of kind sft that it",
+        ),
+        (
+            '"plain"',
+            '"plain"\n[[measure]]\nname = "a"\ntask = "ASKED"\nrewards = "format"\nstyle = "plain"',
             "measure a: rewards=format: problem 0: expected one of",
         ),
         ('"plain"', '"plain"\ntemperature = 0', "stage 3 (kept): samples=4: expected 1 with temperature = 0"),
-        ('"LETTERS"\nproblems', '"ASKED"\nrewards = "think"\nproblems', "stage 3 (kept): rewards=think: problem 0: expected one of"),
+        (
+            '"LETTERS"\nproblems',
+            '"ASKED"\nrewards = "think"\nproblems',
+            "stage 3 (kept): rewards=think: problem 0: expected one of",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(places, pretend, before, after, message):
