@@ -214,6 +214,7 @@ class _Pipeline:
         if name not in SFT_RECIPES:
             near = configuration.nearest(name, SFT_RECIPES)[0]
             raise ConfigError(f"recipe={show(stage['recipe'])}: no such recipe; the nearest is {near}")
+        base = configuration.replace(base, grpo=None)
         config = override(base, settings(base, SFT_RECIPES[name]) | stage.changes)
         made = [str(self.folder / other.folder / TRACES) for other in self.recipe.stages if other.kind == "traces"]
         there = [source for source in self._data(stage) if parse_source(source)[0] not in made]

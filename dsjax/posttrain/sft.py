@@ -116,9 +116,9 @@ def sft(
     if hub:
         start = override(Config(), {name: value for name, value in changes.items() if name.startswith("distributed.")})
         import_hub(source, run_folder, start, options.get("quiet", False))
-    base = configuration.load((run_folder if hub else source) / "config.json")
+    base = replace(configuration.load((run_folder if hub else source) / "config.json"), grpo=None)
     tuned = override(base, settings(base, chosen) | {"data.learn": "assistant"} | given | changes)
-    tuned = replace(tuned, grpo=None, name=base.name if base.name.endswith("-sft") else f"{base.name}-sft")
+    tuned = replace(tuned, name=base.name if base.name.endswith("-sft") else f"{base.name}-sft")
 
     def ready(config: Config, make: bool) -> Config:
         if make:

@@ -372,8 +372,49 @@ def test_a_stage_that_is_done_is_not_done_again(stages):
         assert told == [("sft", "student", "distill", weights), ("load", "teacher"), "logits"]
         with pytest.raises(ConfigError, match=r"the traces are of samples=2, and now it is 4; choose another --run"):
             once(Traces())
-        with pytest.raises(ConfigError, match=r"1 of 40 answers are worth learning; expected two or more: try more"):
+        with pytest.raises(
+            ConfigError,
+            match=r"1 of 40 answers are worth learning; expected two or more: try more problems or "
+            "samples with another --run, or --keep all",
+        ):
             distill(*places, task, folder / "other", Traces(keep="all"), say=told.append)
+
+
+def test_other_problems_or_rewards_need_another_run(stages):
+    folder, told = stages
+    places, path = (folder / "teacher", folder / "student"), folder / "p.jsonl"
+    records = [{"prompt": f"{i}?", "answer": "A", "language": "en"} for i in range(50)]
+
+    def once(records, weights):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        with open_task(path, weights=weights) as task:
+            return distill(*places, task, folder / "run", n_problems=40, say=told.append, quiet=True)
+
+    assert once(records, "choice:1,think:1") == once(records, "choice:1,think:1")
+    n = len(told)
+    for other in ({"answer": "B"}, {"language": "de"}, {"prompt": "x?"}):
+        with pytest.raises(ConfigError, match=r"the traces are of digest=.*, and now it is .*; choose another --run"):
+            once([record | other | {"prompt": f"{i}{other.get('prompt', '?')}"} for i, record in enumerate(records)],
+                 "choice:1,think:1")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"the traces are of rewards=.*, and now it is .*choice.*; choose another"):
+        once(records, "choice")
+    assert len(told) == n
+    kept = json.loads((folder / "run" / "traces" / "traces.json").read_text())
+    del kept["asked"]["digest"], kept["asked"]["rewards"]  # of a run before they were kept
+    (folder / "run" / "traces" / "traces.json").write_text(json.dumps(kept))
+    assert once(records, "choice")
+
+
+def test_a_student_keeps_to_its_teachers_probabilities(stages):
+    folder, told = stages
+    student = folder / "run" / "student"
+    (student / "checkpoints" / "1" / "rest").mkdir(parents=True)
+    save(settings(8), student / "config.json")
+    with open_task("parity:8") as task:
+        once = functools.partial(distill, folder / "teacher", folder / "student", task, folder / "run", say=told.append)
+        with pytest.raises(ConfigError, match=rf"^--logits=0: the student in {student} began with 8; choose another"):
+            once()
+        assert told == [] and once(logits=8)
 
 
 def test_problems_of_a_short_file_are_asked_once(stages):
