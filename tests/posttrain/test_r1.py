@@ -245,6 +245,13 @@ def test_each_stage_begins_with_what_the_recipe_says(places, pretend):
     assert go(places) == result and r1.run(places / "run", places / "run", say=print) == result and not begun
 
 
+def test_problems_of_a_short_file_are_sampled_once(places, pretend):
+    begun, _ = pretend
+    go(places, (places / "r1.toml").read_text().replace("problems = 100_000", "problems = 300"))
+    (n,) = [one[3] for one in begun if one[0] == "traces"]
+    assert 80 < n < 99  # but for those that are held out
+
+
 @pytest.mark.parametrize("name", ["1-cold_start", "2-reasoning_rl", "3-rejection_sampling", "ask base", "ask sft"])
 def test_killed_anywhere_it_goes_on_there(places, pretend, name):
     begun, die = pretend
