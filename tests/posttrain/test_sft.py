@@ -300,7 +300,7 @@ def test_it_is_measured_shown_and_drawn(run, chats, tmp_path, monkeypatch):
     assert measured["heldout_documents"] == 1 and measured["heldout_learned"] < measured["heldout_tokens"]
     other = shutil.copyfile(chats, tmp_path / "other.jsonl")
     assert json.loads(dsjax("eval", run, "--json", f"--data.sources={other}"))["heldout_documents"] == 5
-    shown = dsjax("data", "inspect", run, "--n=2")
+    shown = dsjax("data", "inspect", run, "--n=1", "--row=1")
     assert "A[learned:]" in shown and "3 documents" in shown
     assert "nats a learned token" in page.page(run) and "bits a byte" not in page.page(run)
     monkeypatch.undo()
