@@ -3,8 +3,8 @@
     import_checkpoint("DeepSeek-V2-Lite", "runs/lite")   # then: dsjax generate runs/lite, dsjax train runs/lite
     export_checkpoint("runs/lite", "out")                # then: vllm serve out
 
-What a checkpoint here cannot say of the Hub's files lies in the run's `hub/`: config.json as it was, each tensor's
-dtype, the FP8 scales, and tensors that have no place in our model.
+What a checkpoint here cannot say of the Hub's files lies in the run's `hub/`: where they were, config.json as it was,
+each tensor's dtype, the FP8 scales, and tensors that have no place in our model; and the run's configuration, as made.
 """
 
 import contextlib

@@ -133,8 +133,9 @@ class _Pipeline:
             stage, was = begun
             same = {key: value for key, value in stage.given.items() if key not in ("epochs", "config")}
             wrong = [(key, value, was.get(key)) for key, value in same.items() if value != was.get(key)]
-            gone = [name for name in was["config"] if name not in stage.given.get("config", {})]
-            for key, value, before in wrong + [(f"config.{name}", None, was["config"][name]) for name in gone]:
+            fields = was.get("config", {}).items()
+            wrong += [(f"config.{name}", None, v) for name, v in fields if name not in stage.given.get("config", {})]
+            for key, value, before in wrong:
                 raise ConfigError(
                     f"{where}: stage {stage.number} ({stage.name}): {key}={show(value)}: the stage has begun in "
                     f"{self.folder} with {show(before)}; {other}"
@@ -143,7 +144,7 @@ class _Pipeline:
     def _in_progress(self) -> tuple[Stage, dict[str, Any]] | None:
         """The stage of which there is a checkpoint, and it is not done; and what it began with."""
         begun, left = self.kept.get("begun"), self.recipe.stages[len(self.kept["stages"]) :]
-        if begun is None or not left or left[0].kind == "traces":
+        if begun is None or not left or left[0].kind == "traces" or left[0].name != begun["name"]:
             return None
         stage, folder = left[0], self.folder / left[0].folder
         return (stage, begun) if has_checkpoint(folder) and not imported(folder) else None

@@ -105,8 +105,7 @@ def sft(
     given = {"data.sources": list(data)} if data else {}
     given |= {"data.learn": "last_turn"} if last_turn else {}
     if _has_begun(run_folder):
-        if is_hub_folder(source):
-            _check_import(source, run_folder)
+        _check_import(source, run_folder)
         typed = (chosen.changes if recipe is not None else {}) | changes
         return _go_on(source, run_folder, given, typed, chosen.epochs if recipe else None, epochs, template, options)
     if not data and "data.sources" not in changes:

@@ -334,7 +334,7 @@ def test_generate_chat_answers_as_it_was_taught(source, chats, tmp_path, fast):
 
 
 @pytest.mark.slow
-def test_a_hub_folder_is_tuned_in_a_folder_of_its_own(chats, tmp_path, monkeypatch):
+def test_a_hub_folder_is_tuned_in_a_folder_of_its_own(source, chats, tmp_path, monkeypatch):
     import checkpoints
 
     monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:1])
@@ -354,6 +354,8 @@ def test_a_hub_folder_is_tuned_in_a_folder_of_its_own(chats, tmp_path, monkeypat
     assert runs.rows(tmp_path / "run")[-1]["step"] == 3
     with pytest.raises(ConfigError, match=rf"other: the run in {tmp_path}/run began with {hub}; choose another --run"):
         tune(shutil.copytree(hub, tmp_path / "other"), tmp_path / "run", chats, template=None)
+    with pytest.raises(ConfigError, match=rf"^{source}: the run in {tmp_path}/run began with {hub}; choose another"):
+        tune(source, tmp_path / "run", chats, template=None)
 
 
 def test_an_import_is_of_one_folder_and_begins_afresh_until_a_step_is_taken(tmp_path):
