@@ -50,9 +50,7 @@ def grpo(
             raise ConfigError(f"--{name}={show(changes[name])}: expected --{name[5:]} or that, not both")
         changes |= {} if value is None else {name: value}
     folder = find_model(source)
-    from dsjax.hub.checkpoint import HubCheckpoint
     from dsjax.hub.config import is_hub_folder
-    from dsjax.hub.convert import imported_config
 
     hub = is_hub_folder(folder)
     kept = None if hub else load(folder / "config.json")
@@ -71,6 +69,8 @@ def grpo(
     if known is not None and known.grpo is not None and not came_to_nothing:
         if recipe is not None:
             check_same(known, recipe, changes)
+        if hub:
+            import_hub(folder, run_folder, Config(), quiet)  # it is there: raises if it is another folder's
         fresh = hub or folder.absolute() == run_folder.absolute()
         config, begin = override(known, changes), None if fresh else folder
         return loop.train(config, run_folder, source=begin, explicit=changes, quiet=quiet)
@@ -81,8 +81,6 @@ def grpo(
     if hub:
         import_hub(folder, run_folder, Config(), quiet)
         kept = load(run_folder / "config.json")
-        if kept.grpo is not None:
-            kept = imported_config(HubCheckpoint(folder))
     config = begin_with(kept, recipe or "small", changes)
     if hub:
         save(config, run_folder / "config.json")

@@ -88,8 +88,9 @@ class Tokenizer:
         piece alone where a token would be of two."""
         ends = list(itertools.accumulate(len(text) for text in texts))
         whole = self.backend.encode(_unicode("".join(texts)), add_special_tokens=False)
-        pieces, i = [[] for _ in texts], 0
+        pieces, i, before = [[] for _ in texts], 0, 0
         for id, (start, stop) in zip(whole.ids, whole.offsets):
+            start, before = min(start, before), stop  # offsets may leave out the spaces that a token begins with
             while i < len(ends) - 1 and start >= ends[i]:
                 i += 1
             if stop > ends[i]:

@@ -3,8 +3,8 @@
     import_checkpoint("DeepSeek-V2-Lite", "runs/lite")   # then: dsjax generate runs/lite, dsjax train runs/lite
     export_checkpoint("runs/lite", "out")                # then: vllm serve out
 
-What a checkpoint here cannot say of the Hub's files lies in the run's `hub/`: config.json as it was, each tensor's
-dtype, the FP8 scales, and tensors that have no place in our model.
+What a checkpoint here cannot say of the Hub's files lies in the run's `hub/`: where they were, config.json as it was,
+each tensor's dtype, the FP8 scales, and tensors that have no place in our model; and the run's configuration, as made.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from dsjax import config as configuration
 from dsjax.config import PLAIN, BalanceConfig, ComputeConfig, Config, ConfigError, DataConfig, ModelConfig, show
 from dsjax.data.tokenizer import Tokenizer
+from dsjax.files import write_json
 from dsjax.hub import fp8
 from dsjax.hub.checkpoint import HubCheckpoint, pieces
 from dsjax.hub.config import HubConfig, from_hub, to_hub
@@ -71,6 +72,7 @@ def import_checkpoint(
                 out.create(leaf, shape, np.dtype(np.float32), shape).write(np.zeros(shape, np.float32)).result()
         out.finish([*leaves, *biases])
         _keep_side(hub, folder / "hub", hub.differing_copies(), say)
+        shutil.copyfile(folder / "config.json", folder / "hub" / "run.json")
 
 
 def export_checkpoint(
@@ -197,12 +199,12 @@ def _absent_biases(model: ModelConfig, leaves) -> dict[str, tuple[int, int]]:
     return {leaf: (n, model.n_routed_experts) for leaf, n in both.items() if n and leaf not in leaves}
 
 
-def imported_config(hub: HubCheckpoint, dtype: str | None = None) -> Config:
-    """The configuration that the run folder of an import begins with."""
+def _run_files(hub: HubCheckpoint, folder: Path, dtype: str | None, say: Say) -> None:
+    """config.json of the run, and what it needs for text."""
     raw, model = hub.config.raw, hub.model
     alpha = raw.get("aux_loss_alpha") or 0.0
     balance = BalanceConfig(sequence=alpha) if model.topk_method == "noaux_tc" else BalanceConfig(expert=alpha)
-    return Config(
+    config = Config(
         name=hub.folder.resolve().name,
         seq_len=min(4096, model.max_position_embeddings),
         model=model,
@@ -210,21 +212,18 @@ def imported_config(hub: HubCheckpoint, dtype: str | None = None) -> Config:
         data=DataConfig(tokenizer="run"),
         compute=ComputeConfig(precision=PLAIN[dtype or "bfloat16"]),
     )
-
-
-def _run_files(hub: HubCheckpoint, folder: Path, dtype: str | None, say: Say) -> None:
-    """config.json of the run, and what it needs for text."""
     if (hub.folder / "tokenizer.json").is_file():
         Tokenizer.load(hub.folder)  # raises for a damaged one
     else:
         say("tokenizer.json: not there; `dsjax generate` and `dsjax train` need one in the run folder")
-    _copy_files(hub.folder, folder)
-    configuration.save(imported_config(hub, dtype), folder / "config.json")
+    copy_text(hub.folder, folder)
+    configuration.save(config, folder / "config.json")
 
 
 def _keep_side(hub: HubCheckpoint, side: Path, differing: list[HubTensor], say: Say) -> None:
     side.mkdir()
     shutil.copyfile(hub.folder / "config.json", side / "config.json")
+    write_json(side / "source.json", {"folder": str(hub.folder.absolute())})
     (side / "tensors.json").write_text(json.dumps({t.name: hub.files[t.name].dtype for t in hub.tensors}, indent=0))
     scales = [t.name + fp8.SUFFIX for t in hub.tensors if hub.scale(t.name)]
     for file, names in (("scales", scales), ("extra", [t.name for t in differing])):
@@ -259,7 +258,8 @@ def _out_dtype(t: HubTensor, given: str | None, dtype: str | None, fp8_blocks: b
     return "F32" if t.name.endswith("e_score_correction_bias") else "BF16"
 
 
-def _copy_files(source: Path, target: Path) -> None:
+def copy_text(source: Path, target: Path) -> None:
+    """Copies what a run or Hub folder has for text: the tokenizer's files, and the chat template."""
     for name in TEXT_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -267,7 +267,7 @@ def _copy_files(source: Path, target: Path) -> None:
 
 def _text_files(run: Path, folder: Path, made_here: bool, say: Say) -> dict:
     """Copies the tokenizer's files, and makes those that a run of ours has not; returns its ids for config.json."""
-    _copy_files(run, folder)
+    copy_text(run, folder)
     if not (run / "tokenizer.json").is_file():
         say("tokenizer.json: the run has none, and the export neither")
         return {}

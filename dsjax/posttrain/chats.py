@@ -102,6 +102,7 @@ def _turn(messages: list[Message], i: int, template: ChatTemplate, variables: di
     reasoning = next((messages[i][name] for name in REASONING if messages[i].get(name)), None)
     begin, end = next((pair for pair in THINK if pair[0] in prompt or pair[1] in content), THINK[0])
     inside, is_inside, _ = content.rpartition(end)  # reasoning as part of the content, as R1 writes it
+    opened = re.search(re.escape(begin) + r"(\s*)$", prompt)
     if whole.startswith(prompt):
         said = whole[len(prompt) :]
         without = {name: value for name, value in messages[i].items() if name not in REASONING}
@@ -109,8 +110,9 @@ def _turn(messages: list[Message], i: int, template: ChatTemplate, variables: di
             said = inside + end + said
         elif reasoning and whole == written(without):  # the template has no place for it
             said = f"{begin}\n{_trimmed(reasoning)}\n{end}\n\n{said}"
+        if opened is not None and said.startswith(begin):  # the prompt has said that already
+            said = said.removeprefix(begin).removeprefix(opened[1])
         return prompt, said
-    opened = re.search(re.escape(begin) + r"(\s*)$", prompt)
     if opened is None or not whole.startswith(prompt[: opened.start()]):
         tail = show(prompt[-40:])
         raise HubError(
@@ -174,7 +176,9 @@ def _pair(record: Mapping[str, Any], tokenizer: Tokenizer, place: str) -> Chat:
     if not completion.strip():
         raise BadInput(place, "empty answer", f"{name}={show(completion)}: expected a text that is not empty")
     before = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    said = [*tokenizer.encode_rendered(completion), tokenizer.eos_id]  # <think> in it is a token, as the model says it
+    said = tokenizer.encode_rendered(completion)  # <think> in it is a token, as the model says it
+    if not set(said[-1:]) & set(tokenizer.eos_ids):
+        said.append(tokenizer.eos_id)
     return Chat(np.array(before + said, np.int32), np.arange(len(before + said)) >= len(before))
 
 
@@ -195,7 +199,8 @@ def _checked(messages: Any, place: str) -> list[Message]:
         calls = message.get("tool_calls") if role == "assistant" else None
         if not isinstance(content, str) and not (content is None and calls):
             raise bad("bad record", f"[{i}].content={show(content)}: expected a text")
-        if role == "assistant" and not (content or "").strip() and not calls:
+        context = message.get("weight", 1) == 0
+        if role == "assistant" and not (content or "").strip() and not calls and not context:
             raise bad("empty answer", f"[{i}].content={show(content)}: expected a text that is not empty")
         for name in REASONING:
             if not isinstance(message.get(name), str | None):
@@ -205,8 +210,8 @@ def _checked(messages: Any, place: str) -> list[Message]:
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not any(messages[i].get("weight", 1) for i in turns):
         raise bad("no answer", ": no turn of the assistant to learn; expected one or more")
-    if turns[0] == 0:
-        raise bad("bad record", "[0].role=assistant: expected a message before the assistant's first")
+    if turns[0] == 0 and messages[0].get("weight", 1):
+        raise bad("bad record", "[0].role=assistant: expected a message before the assistant's first, or weight 0")
     return messages
 
 
@@ -218,14 +223,14 @@ def read_chats(
     data: DataConfig, seq_len: int, template: ChatTemplate | None, tokenizer: Tokenizer, skipped: Counter
 ) -> Iterator[tuple[float, list[Chat], float]]:
     """(score, conversations, weight) of every record of data.sources. A record is held out where its score, a number in
-    [0, 1) that its content decides, is below data.heldout_fraction.
+    [0, 1) that its problem decides (what stands before the last answer), is below data.heldout_fraction.
 
     Conversations of more than seq_len tokens are left out and counted, never cut. Raises ConfigError as read_documents.
     """
 
     def parse(record: dict, place: str) -> tuple[float, list[Chat]]:
-        key = json.dumps(record, sort_keys=True, ensure_ascii=False)
-        return heldout_score(key), render_record(record, template, tokenizer, learn=data.learn, place=place)
+        chats = render_record(record, template, tokenizer, learn=data.learn, place=place)
+        return heldout_score(_problem(record)), chats
 
     for (score, chats), weight in read_records(data, parse, skipped):
         fitting = [chat for chat in chats if len(chat.tokens) <= seq_len]
@@ -233,6 +238,14 @@ def read_chats(
             skipped[f"longer than {seq_len:,} tokens"] += len(chats) - len(fitting)
         if fitting:
             yield score, fitting, weight
+
+
+def _problem(record: Mapping[str, Any]) -> str:
+    """What a record answers: its prompt, or the messages before the assistant's last; all of it where that is empty."""
+    messages = record.get("messages", ())
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    problem = messages[: turns[-1]] if turns else record["prompt"]
+    return json.dumps(problem or record, sort_keys=True, ensure_ascii=False)
 
 
 def put_chats(config: Config, folder: Path, *, progress: bool = False) -> None:
@@ -270,7 +283,9 @@ def put_chats(config: Config, folder: Path, *, progress: bool = False) -> None:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "nothing there"
             raise ConfigError(f"data.sources={names}: no conversations in them ({reasons})")
         if min(scores) == max(scores):
-            raise ConfigError(f"data.sources={names}: one conversation; expected two or more, as one is held out")
+            raise ConfigError(
+                f"data.sources={names}: one problem; expected two or more, as one is held out with its answers"
+            )
         if all(count["documents"] for count in counts.values()):
             break
         limit = max(scores) if counts["heldout"]["documents"] else np.nextafter(min(scores), 1)  # the nearest moves
@@ -286,7 +301,7 @@ def fingerprint_of(config: Config, folder: Path) -> str:
         with open(path, "rb") as file:
             sha.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()} {weight}\n".encode())
     template = load_template(folder)
-    sha.update(f"{data.learn} {data.heldout_fraction} {data.on_error} {config.seq_len}\n".encode())
+    sha.update(f"{data.learn} {data.heldout_fraction} {config.seq_len} held out by problem\n".encode())
     sha.update(f"{template and (template.source, sorted(template.tokens.items()))}\n".encode())
     sha.update(Tokenizer.load(folder).dumps().encode())
     return sha.hexdigest()

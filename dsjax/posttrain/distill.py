@@ -9,6 +9,7 @@ learns the K likeliest tokens of the teacher at every place too (dsjax.posttrain
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 
 import jax
 
+from dsjax import config as configuration
 from dsjax.config import Config, ConfigError, EngineConfig, override, show
 from dsjax.data.tokenizer import Tokenizer
 from dsjax.files import read_json, write_json, write_text
@@ -25,12 +27,13 @@ from dsjax.hub.config import is_hub_folder
 from dsjax.hub.load import Loaded, load
 from dsjax.posttrain.chats import load_template
 from dsjax.posttrain.evaluate import Asking
+from dsjax.posttrain.problem import Problem
 from dsjax.posttrain.sft import sft
 from dsjax.posttrain.tasks import Task
 from dsjax.posttrain.teacher import check_tokenizer, put_logits
-from dsjax.posttrain.traces import write_traces
+from dsjax.posttrain.traces import distinct, write_traces
 from dsjax.train import processes
-from dsjax.train.checkpoint import newest_step
+from dsjax.train.checkpoint import has_checkpoint, imported, newest_step
 
 RECIPE = "distill"
 
@@ -87,6 +90,7 @@ def distill(
         )
     if logits:
         check_tokenizer(Tokenizer.load(teacher), Tokenizer.load(student), logits)
+    _check_student(run_folder / "student", logits)
     once = _Once(teacher, dtype, say, not quiet)
     path, counts = _traces(once, task, run_folder, traces, n_problems, max_rows)
     settings = {"data.teacher_top_k": logits, "data.teacher_weight": logits_weight} if logits else {}
@@ -110,6 +114,14 @@ def distill(
     )
 
 
+def _check_student(folder: Path, logits: int) -> None:
+    """Raises ConfigError where the student that the folder holds learns another number of the teacher's tokens."""
+    if has_checkpoint(folder) and not imported(folder):
+        was = configuration.load(folder / "config.json").data.teacher_top_k
+        if was != logits:
+            raise ConfigError(f"--logits={logits}: the student in {folder} began with {was}; choose another --run")
+
+
 def _traces(
     once: "_Once", task: Task, run_folder: Path, traces: Traces, n_problems: int, max_rows: int
 ) -> tuple[Path, dict[str, int]]:
@@ -117,17 +129,17 @@ def _traces(
     whole."""
     folder = run_folder / "traces"
     path, kept = folder / "traces.jsonl", read_json(folder / "traces.json")
+    problems = distinct(task, n_problems)
     asked = {"teacher": once.label, "task": task.name, "problems": n_problems, **dataclasses.asdict(traces)}
+    asked |= {"rewards": dict(task.weights), "digest": _digest(problems)}
     if kept:
         for name, value in asked.items():
-            if kept["asked"].get(name) != value:
+            if kept["asked"].get(name, value) != value:
                 raise ConfigError(
                     f"{path}: the traces are of {name}={show(kept['asked'].get(name))}, and now it is {show(value)}; "
                     "choose another --run"
                 )
         return path, kept["counts"]
-    drawn = [task.problem(i) for i in range(n_problems)]
-    problems = list({json.dumps(p.prompt, sort_keys=True): p for p in drawn}.values())  # a short file comes round again
     options = {"max_rows": max_rows, "label": once.label, "progress": once.progress, "say": once.say}
     counts = write_traces(once.loaded, task, problems, path, **dataclasses.asdict(traces), **options)
     said = ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n)
@@ -135,10 +147,17 @@ def _traces(
     if counts["kept"] < 2:
         raise ConfigError(
             f"{path}: {counts['kept']} of {counts['answers']:,} answers are worth learning; expected two or more: try "
-            "more problems or samples, or --keep all"
+            "more problems or samples with another --run, or --keep all"
         )
     write_json(folder / "traces.json", {"asked": asked, "counts": counts})
     return path, counts
+
+
+def _digest(problems: list[Problem]) -> str:
+    """Of prompts, answers and facts; of what is no JSON among these (a gym's entry), only its type."""
+    whole = [(problem.prompt, problem.answer, dict(problem.facts)) for problem in problems]
+    text = json.dumps(whole, skipkeys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _template(teacher: Path, student: Path, style: str, folder: Path) -> Path | None:

@@ -20,7 +20,9 @@ from dsjax import config as configuration
 from dsjax.config import Config, ConfigError, override, show
 from dsjax.data.sources import parse_source, source_files
 from dsjax.files import read_json, write_json, write_text
+from dsjax.hub.chat import has_template
 from dsjax.hub.config import is_hub_folder, read_config
+from dsjax.hub.convert import copy_text
 from dsjax.hub.load import Loaded, load
 from dsjax.posttrain import grpo, stages_picture
 from dsjax.posttrain.evaluate import Asked, Asking, ask, check_judged, is_right
@@ -31,16 +33,17 @@ from dsjax.posttrain.rewards.answer import thinking
 from dsjax.posttrain.rewards.format import format_reward
 from dsjax.posttrain.rewards.language import LANGUAGES, language_reward, words_by_script
 from dsjax.posttrain.sft import RECIPES as SFT_RECIPES
-from dsjax.posttrain.sft import settings, sft
+from dsjax.posttrain.sft import keep_template, settings, sft
 from dsjax.posttrain.stages import BASE, Recipe, Stage, read
 from dsjax.posttrain.tasks import open_task
-from dsjax.posttrain.traces import write_traces
+from dsjax.posttrain.traces import distinct, write_traces
 from dsjax.train import page
 from dsjax.train.checkpoint import has_checkpoint, imported, newest_step
 from dsjax.train.folder import owned
 
 TRACES = "traces.jsonl"  # of a stage that makes a data set
 _KEPT = "recipe.toml"
+_FIRST = 64  # problems of a task by which its rewards are known
 
 
 def run(
@@ -78,6 +81,9 @@ class _Pipeline:
                 continue
             source = "" if stage.kind == "sft" and stage.source == BASE else f" from {stage.source}"
             self.say(f"stage {stage.number} of {n}, {stage.name}: {stage.kind}{source} -> {self.folder / stage.folder}")
+            if self._in_progress() is None:
+                self.kept["begun"] = dict(stage.given)
+                self._write()
             began = time.perf_counter()
             try:
                 came = getattr(self, f"_{stage.kind}")(stage)
@@ -101,13 +107,15 @@ class _Pipeline:
     # What was there before, and what is wrong before anything runs
 
     def _check_kept(self) -> None:
-        """Raises ConfigError where the recipe is another one than that of the stages that are done."""
+        """Raises ConfigError where the recipe is another one than that of the stages that are done, or have a
+        checkpoint already: of these the run itself says which fields of its configuration may change."""
         where, done = self.recipe.where, self.kept["stages"]
         other = f"choose another --run, or mend {where}"
         if len(done) > len(self.recipe.stages):
             name = done[len(self.recipe.stages)]["given"]["name"]
             raise ConfigError(f"{where}: stage {name} is done in {self.folder}, and now is not there; {other}")
-        if done and (was := self.kept["base"]) != (now := _newest(self.base)):
+        begun = self._in_progress()
+        if (done or begun) and (was := self.kept["base"]) != (now := _newest(self.base)):
             key = next(key for key in now if now[key] != was.get(key))
             raise ConfigError(
                 f"{where}: base: {key} is {show(now[key])}, and the stages done in {self.folder} began with "
@@ -121,6 +129,25 @@ class _Pipeline:
                         f"{where}: stage {stage.number} ({stage.name}): {key}={show(value)}: the stage is done in "
                         f"{self.folder} with {show(was.get(key))}; {other}"
                     )
+        if begun:
+            stage, was = begun
+            same = {key: value for key, value in stage.given.items() if key not in ("epochs", "config")}
+            wrong = [(key, value, was.get(key)) for key, value in same.items() if value != was.get(key)]
+            fields = was.get("config", {}).items()
+            wrong += [(f"config.{name}", None, v) for name, v in fields if name not in stage.given.get("config", {})]
+            for key, value, before in wrong:
+                raise ConfigError(
+                    f"{where}: stage {stage.number} ({stage.name}): {key}={show(value)}: the stage has begun in "
+                    f"{self.folder} with {show(before)}; {other}"
+                )
+
+    def _in_progress(self) -> tuple[Stage, dict[str, Any]] | None:
+        """The stage of which there is a checkpoint, and it is not done; and what it began with."""
+        begun, left = self.kept.get("begun"), self.recipe.stages[len(self.kept["stages"]) :]
+        if begun is None or not left or left[0].kind == "traces" or left[0].name != begun["name"]:
+            return None
+        stage, folder = left[0], self.folder / left[0].folder
+        return (stage, begun) if has_checkpoint(folder) and not imported(folder) else None
 
     def _check_all(self) -> None:
         """Raises ConfigError for what is known to be wrong of what is still to be done."""
@@ -149,7 +176,11 @@ class _Pipeline:
                         )
                     if stage.kind == "grpo":
                         configs[stage.name] = planned(stage, configs[stage.source])
-                    self._open(stage.given, stage.given.get("seed", 0)).close()
+                    style = stage["style"] if stage.kind == "traces" else configs[stage.name].grpo.style
+                    with self._open(stage.given, stage.given.get("seed", 0)) as task:
+                        self._check_style(style, stage.source)
+                        if stage.given.get("keep") == "right":
+                            check_judged(task, [task.problem(n) for n in range(min(stage["problems"], _FIRST))])
             except ConfigError as error:
                 raise self.recipe.error(stage, error) from None
         models = [BASE, *(stage.name for stage in self.recipe.stages if stage.kind != "traces")]
@@ -157,15 +188,34 @@ class _Pipeline:
             if all(self._is_measured(name, given) for name in models):
                 continue
             try:
-                self._open(given, given["seed"]).close()
+                with self._open(given, given["seed"]) as task:
+                    check_judged(task, task.heldout()[: given["problems"]])
+                for name in models[1:]:  # the base has means of its own
+                    if not self._is_measured(name, given):
+                        self._check_style(given["style"], name)
             except ConfigError as error:
                 raise ConfigError(f"{where}: measure {given['name']}: {error}") from None
+
+    def _check_style(self, style: str, name: str) -> None:
+        """Raises ConfigError where a model is to be asked by a chat template that it will not have."""
+        if style == "chat" and not self._has_template(name):
+            raise ConfigError(
+                f"style=chat: {name} has no chat template; expected template in a stage of kind sft that it comes of, "
+                "or style plain"
+            )
+
+    def _has_template(self, name: str) -> bool:
+        if name == BASE:
+            return has_template(self.base)
+        stage = self.recipe.stage(name)
+        return stage.given.get("template") is not None or self._has_template(stage.source)
 
     def _check_sft(self, stage: Stage, base: Config) -> Config:
         name = stage["recipe"].replace("-", "_")
         if name not in SFT_RECIPES:
             near = configuration.nearest(name, SFT_RECIPES)[0]
             raise ConfigError(f"recipe={show(stage['recipe'])}: no such recipe; the nearest is {near}")
+        base = configuration.replace(base, grpo=None)
         config = override(base, settings(base, SFT_RECIPES[name]) | stage.changes)
         made = [str(self.folder / other.folder / TRACES) for other in self.recipe.stages if other.kind == "traces"]
         there = [source for source in self._data(stage) if parse_source(source)[0] not in made]
@@ -210,7 +260,7 @@ class _Pipeline:
         names = ("samples", "keep", "most", "temperature", "top_p", "max_tokens", "longest", "language", "style")
         options = {name: stage[name] for name in (*names, "seed", "max_rows")}
         with self._open(stage.given, stage["seed"]) as task:
-            problems = [task.problem(n) for n in range(stage["problems"])]
+            problems = distinct(task, stage["problems"])
             loaded, progress = load(self._source(stage)), not self.quiet
             counts = write_traces(
                 loaded, task, problems, folder / TRACES, label=stage.source, progress=progress, say=self.say, **options
@@ -242,14 +292,21 @@ class _Pipeline:
                 continue
             out = self.folder / "answers" / f"{name}-{given['name']}.jsonl"
             out.parent.mkdir(exist_ok=True)
-            question = {**given, **_newest(folder)}
+            question, template = {**given, **_newest(folder)}, None
+            if name == BASE and given["style"] == "chat" and not has_template(self.base):
+                template = next((s["template"] for s in self.recipe.stages if s.given.get("template")), None)
+                if template is None:
+                    self.say(f"{name}, {given['name']}: not measured: it has no chat template, and no stage brings one")
+                    continue
+                question["template"] = template
             if self.kept["asking"].get(out.name) != question:  # what is there answers another one
                 out.unlink(missing_ok=True)
                 self.kept["asking"][out.name] = question
                 self._write()
             try:
                 loaded = load(folder) if loaded is None else loaded
-                found = self._ask(given, loaded, name, out)
+                asked = loaded if template is None else self._with_template(loaded, template)
+                found = self._ask(given, asked, name, out)
             except ConfigError as error:
                 raise ConfigError(f"{self.recipe.where}: measure {given['name']}, of {name}: {error}") from None
             measured[given["name"]] = {"asked": dict(given), **found}
@@ -260,11 +317,18 @@ class _Pipeline:
         asking = Asking(**{field.name: given[field.name] for field in dataclasses.fields(Asking)})
         with self._open(given, given["seed"]) as task:
             problems = task.heldout()[: given["problems"]]
-            check_judged(task, problems)
             rows = min(given["max_rows"], len(problems) * asking.samples)
             return summary(
                 problems, ask(loaded, task, problems, asking, max_rows=rows, out=out, label=name, say=self.say)
             )
+
+    def _with_template(self, loaded: Loaded, template: str) -> Loaded:
+        """The base as it is asked by the chat template that a stage brings; what that needs lies in base/."""
+        place = self.folder / BASE
+        place.mkdir(exist_ok=True)
+        copy_text(self.base, place)
+        keep_template(self.base, template, place)
+        return dataclasses.replace(loaded, folder=place)
 
     def _is_measured(self, name: str, given: Mapping[str, Any]) -> bool:
         return self.kept["measured"].get(name, {}).get(given["name"], {}).get("asked") == dict(given)
@@ -308,7 +372,8 @@ def summary(problems: list[Problem], asked: list[Asked]) -> dict[str, Any]:
     shares = []
     for one in asked:
         language, words = problems[one.answer.problem].facts.get("language"), words_by_script(thinking(one.text))
-        if language in LANGUAGES and "</think>" in one.text and words:
+        known = isinstance(language, str) and language in LANGUAGES
+        if known and "</think>" in one.text and words:
             shares.append(language_reward(one.text, language))
     return {
         "pass@1": float(right.mean()),

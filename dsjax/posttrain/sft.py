@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 from dsjax import config as configuration
@@ -19,7 +20,7 @@ from dsjax.data.chats import load_chats
 from dsjax.data.corpus import read_facts
 from dsjax.data.pipeline import Corpus, TrainRows
 from dsjax.data.tokenizer import Tokenizer, special_tokens
-from dsjax.files import write_text
+from dsjax.files import read_json, write_text
 from dsjax.hub.chat import TEMPLATE, ChatTemplate
 from dsjax.hub.config import is_hub_folder
 from dsjax.hub.convert import import_checkpoint
@@ -104,6 +105,7 @@ def sft(
     given = {"data.sources": list(data)} if data else {}
     given |= {"data.learn": "last_turn"} if last_turn else {}
     if _has_begun(run_folder):
+        _check_import(source, run_folder)
         typed = (chosen.changes if recipe is not None else {}) | changes
         return _go_on(source, run_folder, given, typed, chosen.epochs if recipe else None, epochs, template, options)
     if not data and "data.sources" not in changes:
@@ -113,13 +115,13 @@ def sft(
     if hub:
         start = override(Config(), {name: value for name, value in changes.items() if name.startswith("distributed.")})
         import_hub(source, run_folder, start, options.get("quiet", False))
-    base = configuration.load((run_folder if hub else source) / "config.json")
+    base = replace(configuration.load((run_folder if hub else source) / "config.json"), grpo=None)
     tuned = override(base, settings(base, chosen) | {"data.learn": "assistant"} | given | changes)
     tuned = replace(tuned, name=base.name if base.name.endswith("-sft") else f"{base.name}-sft")
 
     def ready(config: Config, make: bool) -> Config:
         if make:
-            _keep_template(source, template, run_folder)
+            keep_template(source, template, run_folder)
             put_chats(config, run_folder, progress=not options.get("quiet", False))
             if teach is not None:
                 teach(config, run_folder)
@@ -192,6 +194,8 @@ def _go_on(source, run_folder, given, typed, recipe_epochs, epochs, template, op
                 f"--data={','.join(given['data.sources'])}: not the conversations that the run in {run_folder} began "
                 "with; choose another --run"
             )
+        if config.data.learn == "last_turn" and "data.learn" not in given | typed:
+            raise ConfigError(f"--last-turn: missing; the run in {run_folder} began with it, and cannot change it")
     if template is not None and (kept := load_template(run_folder)) and kept.source != _read(template):
         raise ConfigError(
             f"--template={template}: not the one that the run in {run_folder} began with; choose another --run"
@@ -207,22 +211,35 @@ def _go_on(source, run_folder, given, typed, recipe_epochs, epochs, template, op
 
 
 def import_hub(source: Path, run_folder: Path, start: Config, quiet: bool) -> None:
-    """The weights of a Hub folder as the run's checkpoint 0, unless they are there."""
+    """The weights of a Hub folder as the run's checkpoint 0, unless they are there; and the configuration as it is
+    imported, whatever an attempt that took no step made of it. Raises ConfigError where they are another folder's."""
 
     def make(first: bool) -> None:
-        if first and not has_checkpoint(run_folder):
+        if not first:
+            return
+        if not has_checkpoint(run_folder):
             import_checkpoint(source, run_folder, say=print if not quiet else lambda _: None, progress=not quiet)
+        _check_import(source, run_folder)
+        if imported(run_folder) and (run_folder / "hub" / "run.json").is_file():
+            copyfile(run_folder / "hub" / "run.json", run_folder / "config.json")
 
     processes.start(start.distributed)
     with processes.together(start.distributed.heartbeat_timeout_s):
         processes.first_alone(make)
 
 
-def _keep_template(source: Path, file: Path | str | None, run_folder: Path) -> None:
+def _check_import(source: Path, run_folder: Path) -> None:
+    was = read_json(run_folder / "hub" / "source.json").get("folder")
+    if was is not None and was != str(source.absolute()):
+        raise ConfigError(f"{source}: the run in {run_folder} began with {was}; choose another --run")
+
+
+def keep_template(source: Path, file: Path | str | None, run_folder: Path) -> None:
     """Puts the chat template into the run folder, with names of the special tokens where the run had none, so that
     `dsjax generate --chat` and `dsjax serve` render as it was trained."""
     found = load_template(source) if file is None else ChatTemplate(_read(file), str(file))
     if found is None:
+        (run_folder / TEMPLATE).unlink(missing_ok=True)  # of an attempt that took no step
         return
     write_text(run_folder / TEMPLATE, found.source)
     if not special_tokens(run_folder) and not (run_folder / "tokenizer_config.json").exists():

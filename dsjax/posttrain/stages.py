@@ -201,8 +201,6 @@ def parse(text: str, where: str) -> Recipe:
         measures.append(_checked(table, MEASURE, here))
         if measures[-1]["name"] in [other["name"] for other in measures[:-1]]:
             raise ConfigError(f"{here}: name={measures[-1]['name']}: expected another name than those before it")
-        if measures[-1]["temperature"] == 0 and measures[-1]["samples"] > 1:
-            raise ConfigError(f"{here}: samples={measures[-1]['samples']}: expected 1 with temperature = 0")
     return Recipe(where, text, whole["base"], tuple(stages), tuple(measures))
 
 
@@ -248,7 +246,10 @@ def _checked(table: dict[str, Any], keys: Mapping[str, Key], where: str) -> dict
     for name, key in keys.items():
         if key.needed and name not in table:
             raise ConfigError(f"{where}: {name}: missing; expected {key.expected}")
-    return {name: table.get(name, key.default) for name, key in keys.items()}
+    given = {name: table.get(name, key.default) for name, key in keys.items()}
+    if given.get("temperature") == 0 and given["samples"] > 1:
+        raise ConfigError(f"{where}: samples={given['samples']}: expected 1 with temperature = 0")
+    return given
 
 
 def _flat(table: Mapping[str, Any], where: str, prefix: str = "") -> dict[str, Any]:

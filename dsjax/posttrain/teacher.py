@@ -29,6 +29,7 @@ from sharding.rules import constrain, spec
 
 _SHORTEST = 64  # tokens of a row; rows are twice, four times, ... as long
 _ELEMENTS = 1 << 26  # logits computed at once
+_MOST_ROWS = 64
 
 
 def check_tokenizer(teacher: Tokenizer, student: Tokenizer, top_k: int) -> None:
@@ -86,12 +87,10 @@ def put_logits(
     ):
         i = first
         while i < len(documents):
-            length = _length(int(documents.lengths[i]), longest)
-            n = max(1, _ELEMENTS // (length * teacher.config.model.vocab_size))
-            n = 1 << (min(n, 64).bit_length() - 1)
-            these = range(i, min(i + n, len(documents)))
-            length = max(_length(int(documents.lengths[j]), longest) for j in these)
-            ids, probs = likeliest(teacher, [documents[j] for j in these], (n, length), top_k)
+            lengths = [_length(int(n), longest) for n in documents.lengths[i : i + _MOST_ROWS]]
+            n, shape = _fitting(lengths, teacher.config.model.vocab_size)
+            these = range(i, i + n)
+            ids, probs = likeliest(teacher, [documents[j] for j in these], shape, top_k)
             for row, j in enumerate(these):
                 places = np.nonzero(documents.learned_of(j))[0] - 1  # -1, a first token, is never predicted
                 ids_file.write(ids[row, places].astype(np.int32).tobytes())
@@ -124,12 +123,35 @@ def likeliest(
 def _top(compute: ComputeConfig, top_k: int, n_tokens: int):
     def run(model, batch: Batch, router_bias) -> tuple[Int[Array, "B T K"], Float[Array, "B T K"]]:
         model = cast_weights(model, compute.precision)
-        logits = model.logits(model(batch, router_bias, compute).hidden).astype(jnp.float32)
-        logits = constrain(logits, "batch", "seq", None)[..., :n_tokens]
-        probs, ids = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
+        hidden = constrain(model(batch, router_bias, compute).hidden, "batch", None, None)
+
+        def best(hidden: Float[Array, "B C D"]) -> tuple[Float[Array, "B C K"], Int[Array, "B C K"]]:
+            logits = constrain(model.logits(hidden).astype(jnp.float32), "batch", None, None)[..., :n_tokens]
+            return jax.lax.top_k(jax.nn.softmax(logits, axis=-1), top_k)
+
+        b, t, d = hidden.shape
+        places = min(t, max(1, _ELEMENTS // (b * model.cfg.vocab_size)))  # of which the logits are there at once
+        n = -(-t // places)
+        chunks = jnp.pad(hidden, ((0, 0), (0, n * places - t), (0, 0))).reshape(b, n, places, d).swapaxes(0, 1)
+        probs, ids = (a.swapaxes(0, 1).reshape(b, -1, top_k)[:, :t] for a in jax.lax.map(best, chunks))
         return ids, probs
 
     return jax.jit(run)
+
+
+def _fitting(lengths: list[int], vocab_size: int) -> tuple[int, tuple[int, int]]:
+    """How many of the first conversations go together, and rows and tokens of their batch: no more logits than
+    _ELEMENTS, but for one conversation alone."""
+
+    def rows(length: int) -> int:  # a power of two, so that few programs are compiled
+        return 1 << (max(1, min(_ELEMENTS // (length * vocab_size), _MOST_ROWS)).bit_length() - 1)
+
+    n, longest = 1, lengths[0]
+    for length in lengths[1:]:
+        if rows(max(longest, length)) <= n:
+            break
+        n, longest = n + 1, max(longest, length)
+    return n, (rows(longest), longest)
 
 
 def _length(n: int, longest: int) -> int:

@@ -81,13 +81,14 @@ def write_traces(
         say=say,
     )
     counts = {"problems": len(problems), "answers": len(asked), "solved": 0, "kept": 0} | dict.fromkeys(REASONS, 0)
-    kept: Counter[int] = Counter()
-    seen: set[str] = set()
+    kept: Counter[str] = Counter()
+    seen: set[tuple[str, str]] = set()
     lines = []
     for one in asked:
         problem = problems[one.answer.problem]
         line = record(problem, one, task.weights, style)
-        key = json.dumps([problem.prompt, one.text], sort_keys=True)
+        asked_of = prompt_key(problem)
+        key = (asked_of, one.text)
         refused = (
             one.answer.reason != "stop" or _still_thinking(one),
             not wanted(one.parts),
@@ -95,16 +96,26 @@ def write_traces(
             longest is not None and one.answer.n_tokens > longest,
             bool(language) and language_share(problem, one.text) < language,
             key in seen,
-            most is not None and kept[one.answer.problem] >= most,
+            most is not None and kept[asked_of] >= most,
         )
         if any(refused):
             counts[REASONS[refused.index(True)]] += 1
             continue
         seen.add(key)
-        kept[one.answer.problem] += 1
+        kept[asked_of] += 1
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(out, "".join(lines))
     return counts | {"kept": len(lines), "solved": len(kept)}
+
+
+def prompt_key(problem: Problem) -> str:
+    """The prompt as one text, by which problems are told apart."""
+    return json.dumps(problem.prompt, sort_keys=True)
+
+
+def distinct(task: Task, n: int) -> list[Problem]:
+    """The task's first n problems to learn from, each prompt once: a short file comes round again."""
+    return list({prompt_key(problem): problem for problem in map(task.problem, range(n))}.values())
 
 
 def answers_of(out: Path) -> Path:
@@ -136,7 +147,8 @@ def record(problem: Problem, asked: Asked, weights: Mapping[str, float], style: 
     it; and what it does not: which answer it is, and what it is worth."""
     answer, prompt = asked.answer, problem.prompt
     if style == "chat":
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(map(dict, prompt))
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        before = [{**m, "weight": 0} if m["role"] == "assistant" else dict(m) for m in given]  # not the model's words
         said = {"messages": [*before, {"role": "assistant", "content": asked.text}]}
     else:
         said = {"prompt": render(problem, None, style), "completion": answer.text}

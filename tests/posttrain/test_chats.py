@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from dsjax.config import Config, ConfigError, DataConfig, ModelConfig, replace
 from dsjax.data.chats import load_chats
@@ -15,7 +16,7 @@ from dsjax.data.sources import BadInput
 from dsjax.data.tokenizer import BOS, EOS, bytes_tokenizer
 from dsjax.hub.chat import ChatTemplate
 from dsjax.hub.files import HubError
-from dsjax.posttrain.chats import put_chats, read_chats, render_chat, render_record
+from dsjax.posttrain.chats import fingerprint_of, put_chats, read_chats, render_chat, render_record
 
 TOKENS = {"bos_token": BOS, "eos_token": EOS}
 TURNS = """{{ bos_token }}{% for m in messages %}
@@ -37,6 +38,14 @@ HYBRID = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'U
 LINES = """{% for m in messages %}{{ '<' + m.role + '>\n' }}{% if m.reasoning_content and loop.last -%}
 {{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ m.content + eos_token + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"""
+# The prompt begins the reasoning, and what is past has that beginning too.
+OPENS = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'U' + m.content }}{% else -%}
+{{ 'A<think>\n' + m.content + eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ 'A<think>\n' }}{% endif %}"""
+TOOLS = """{% for t in tools %}{{ t | tojson }}{% endfor %}{{ bos_token }}{% for m in messages -%}
+{% if m.role == 'user' %}{{ 'U' + m.content }}{% elif m.role == 'tool' %}{{ 'T' + m.content }}{% else -%}
+{{ 'A' }}{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments | tojson }}{% endfor -%}
+{{ (m.content or '') + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A' }}{% endif %}"""
 BYTES = bytes_tokenizer()
 
 
@@ -65,6 +74,13 @@ def shown(chat, tokenizer=BYTES) -> str:
 
 TALK = [user("a"), says("b"), user("c"), says("d")]
 THOUGHT = [user("a"), says("b", reasoning_content="r\n"), user("c"), says("d", reasoning_content="s")]
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALLED = [
+    user("a"),
+    {"role": "assistant", "tool_calls": [CALL], "content": None},
+    {"role": "tool", "content": "42"},
+    says("it is 42"),
+]
 RAW = [user("a"), says("<think>\nr\n</think>\n\nb")]
 
 
@@ -86,6 +102,12 @@ RAW = [user("a"), says("<think>\nr\n</think>\n\nb")]
         (THINKS, [user("a"), says("r</think>b")], {}, ["<UaA<think>\n[r</think>b>]"]),
         (THINKS, THOUGHT, {}, ["<UaA<think>\n[r\n</think>\n\nb>]", "<UaAb>UcA<think>\n[s\n</think>\n\nd>]"]),
         (THINKS, [user("a"), says("<b>")], {}, ["<UaA<think>\n[\n</think>\n\n<b>>]"]),
+        (OPENS, RAW, {}, ["<UaA<think>\n[r\n</think>\n\nb>]"]),
+        (OPENS, [user("a"), says("\nb")], {}, ["<UaA<think>\n[\nb>]"]),
+        (OPENS, THOUGHT[2:], {}, ["<UcA<think>\n[s\n</think>\n\nd>]"]),
+        (PLAIN, [says("b", weight=0), *TALK[2:]], {}, ["<Assistant: b>User: c\n\nAssistant:[ d>]"]),
+        (MARKED, [says("", weight=0), *TALK[2:]], {}, ["<Assistant: >User: c\n\nAssistant:[ d>]"]),
+        (TOOLS, CALLED, {"tools": [{"name": "f"}]}, ['{"name": "f"}<UaA[f{"x": 1}>]T42A[it is 42>]']),
         (HYBRID, TALK, {}, ["<UaA</think>[b>]UcA</think>[d>]"]),
         (HYBRID, THOUGHT[2:], {"thinking": True}, ["<UcA<think>[s</think>d>]"]),
         (LINES, THOUGHT[2:], {}, ["<user>\nc>\n<assistant>\n[<think>\ns\n</think>\n\nd>]\n"]),
@@ -114,6 +136,24 @@ def test_a_prompt_and_its_completion_need_no_template():
     for name in ("completion", "answer", "response"):
         (chat,) = render_record({"prompt": f"2 + 2 = {EOS}", name: "4"}, None, BYTES)
         assert shown(chat) == "<2 + 2 = >[4>]" and chat.tokens.tolist().count(BYTES.eos_id) == 1  # a text, no control
+
+
+def test_a_completion_ends_once():
+    (chat,) = render_record({"prompt": "2 + 2 = ", "completion": f"4{EOS}"}, None, BYTES)
+    assert shown(chat) == "<2 + 2 = [4>]"
+
+
+def test_a_context_only_turn_may_be_empty_and_may_come_first():
+    messages = [says("", weight=0), user("a"), says(" ", weight=0), user("b"), says("c")]
+    (chat,) = render_record({"messages": messages}, template(PLAIN), BYTES)
+    assert shown(chat).endswith("Assistant:[ c>]")
+
+
+def test_the_prompts_last_token_is_not_learned_where_offsets_leave_out_its_space():
+    tokenizer = bytes_tokenizer()
+    tokenizer.backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    for texts in (["a: ", "b"], ["a:", " b"], ["\n\n", "b c", " \n", "d"]):
+        assert tokenizer.encode_pieces(texts) == [tokenizer.encode(text) for text in texts]
 
 
 def test_the_tokens_of_a_prompt_are_those_that_generation_gives_the_model():
@@ -191,6 +231,7 @@ BAD = {
     '{"messages": [{"role": "user", "content": 3}]}': "messages[0].content=3: expected a text",
     '{"messages": [{"role": "user", "content": "a"}]}': "messages: no turn of the assistant to learn",
     '{"messages": [{"role": "assistant", "content": "a"}]}': "messages[0].role=assistant: expected a message before",
+    json.dumps({"messages": [says(None, weight=0), *TALK]}): "messages[0].content=none: expected a text",
     json.dumps({"messages": [user("a"), says("")]}): "messages[1].content='': expected a text that is not empty",
     json.dumps({"messages": [user("a"), says("b", weight=2)]}): "messages[1].weight=2: expected 0 or 1",
     json.dumps({"messages": [user("a"), says("b", thinking=2)]}): "messages[1].thinking=2: expected a text",
@@ -296,7 +337,7 @@ def expected(documents):
 
 
 def test_records_are_read_once_and_their_weights_count(folder, tmp_path, monkeypatch):
-    a, b = (write(tmp_path / f"{n}.jsonl", [{"prompt": n, "answer": str(i)} for i in range(20)]) for n in "ab")
+    a, b = (write(tmp_path / f"{n}.jsonl", [{"prompt": f"{n}{i}", "answer": "x"} for i in range(20)]) for n in "ab")
     wanted = config(a)
     wanted = replace(wanted, data=replace(wanted.data, sources=(str(a), f"{b}:2.5")))
     put_chats(wanted, folder)
@@ -310,14 +351,37 @@ def test_records_are_read_once_and_their_weights_count(folder, tmp_path, monkeyp
         load_chats(wanted.data, 262, folder)
 
 
+def test_answers_to_one_problem_are_all_held_out_or_none(folder, tmp_path):
+    said = [{"prompt": f"p{i % 12}", "answer": str(i)} for i in range(60)]
+    talks = [{"messages": [user(f"m{i % 12}"), says("x"), user("y"), says(str(i))], "note": i} for i in range(60)]
+    wanted = config(write(tmp_path / "chats.jsonl", said + talks), heldout_fraction=0.3)
+    skipped = Counter()
+    found = list(read_chats(wanted.data, 48, template(PLAIN), BYTES, skipped))
+    scores = {}
+    for record, (score, _, _) in zip([*said, *talks], found, strict=True):
+        problem = record["prompt"] if "prompt" in record else record["messages"][0]["content"]
+        scores.setdefault(problem, set()).add(score)
+    assert len(scores) == 24 and all(len(of) == 1 for of in scores.values())
+    assert len(set.union(*scores.values())) == 24
+    texts = write(tmp_path / "texts.jsonl", [{"prompt": "", "answer": str(i)} for i in range(9)])
+    found = list(read_chats(config(texts).data, 48, None, BYTES, skipped))
+    assert len({score for score, _, _ in found}) == 9  # without prompts each is its own
+
+
+def test_what_happens_to_bad_records_does_not_make_other_conversations(folder, tmp_path):
+    path = write(tmp_path / "chats.jsonl", [{"prompt": str(i), "answer": "a"} for i in range(9)])
+    assert fingerprint_of(config(path), folder) == fingerprint_of(config(path, on_error="skip"), folder)
+    assert fingerprint_of(config(path), folder) != fingerprint_of(config(path, heldout_fraction=0.5), folder)
+
+
 def test_a_small_set_has_both_parts(folder, tmp_path):
-    path = write(tmp_path / "chats.jsonl", [{"prompt": "a", "answer": str(i)} for i in range(2)])
+    path = write(tmp_path / "chats.jsonl", [{"prompt": str(i), "answer": "a"} for i in range(2)])
     for fraction in (1e-9, 1 - 1e-9):
         put_chats(config(path, heldout_fraction=fraction), folder)
         facts = load_chats(config(path).data, 262, folder).facts
         assert facts["train"]["documents"] == facts["heldout"]["documents"] == 1
     for lines, message in (
-        (1, "one conversation; expected two or more"),
+        (1, "one problem; expected two or more"),
         (0, r"no conversations in them \(nothing th"),
     ):
         write(path, [{"prompt": "a", "answer": "b"}] * lines)
@@ -331,7 +395,7 @@ def test_what_is_no_jsonl_is_said(folder, tmp_path):
     (tmp_path / "chats.txt").write_text("hello")
     with pytest.raises(ConfigError, match=r"chats.txt: expected a .jsonl file"):
         put_chats(config(tmp_path / "chats.txt"), folder)
-    write(tmp_path / "chats.jsonl", [{"prompt": "a", "answer": str(i)} for i in range(9)])
+    write(tmp_path / "chats.jsonl", [{"prompt": str(i), "answer": "a"} for i in range(9)])
     put_chats(config(tmp_path / "chats.jsonl"), folder)
     concat = replace(config("x").data, packing="concat")
     with pytest.raises(ConfigError, match=r"^data.packing=concat, data.fim_rate=0: expected best_fit and 0"):

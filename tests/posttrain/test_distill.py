@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from dsjax.cli import cli
 from dsjax.config import Config, ConfigError, DataConfig, replace, save
 from dsjax.config import load as load_config
-from dsjax.data.chats import Chat, keep_chats, load_chats, teacher_files
+from dsjax.data.chats import Chat, keep_chats, load_chats, read_part, teacher_files
 from dsjax.data.pipeline import TrainRows, batches
 from dsjax.data.tokenizer import bytes_tokenizer
 from dsjax.hub.load import Loaded, logits
@@ -126,6 +126,13 @@ def mixed(hidden, head, targets, valid, teacher):
     return jnp.sum(jnp.where(valid, (1 - teacher.share) * hard + teacher.share * soft, 0))
 
 
+def named_alone(hidden, head, targets, valid, teacher):
+    """The same where nothing is left to the others, and all of the loss is to the teacher."""
+    probs = teacher.probs / teacher.probs.sum(-1, keepdims=True)
+    soft = -jnp.sum(probs * jnp.take_along_axis(jax.nn.log_softmax(hidden @ head), teacher.ids, -1), -1)
+    return jnp.sum(jnp.where(valid, soft, 0))
+
+
 def ours(of, targets, valid, teacher):
     """What is trained with: the loss and its gradient, on a mesh of one device."""
 
@@ -154,13 +161,8 @@ def drawn(top_k, share, seed=0):
 def test_its_gradient_is_that_of_the_definition(top_k, share):
     of, (targets, valid), teacher = drawn(top_k, share)
     got = ours(of, targets, valid, teacher)
-    if top_k == 12:  # nothing is left to the others
-        teacher = teacher._replace(probs=teacher.probs / teacher.probs.sum(-1, keepdims=True))
-        logq = jax.nn.log_softmax(of[0] @ of[1])
-        soft = -jnp.sum(teacher.probs * jnp.take_along_axis(logq, teacher.ids, -1), -1)
-        assert got[0] == pytest.approx(float(jnp.sum(jnp.where(valid, soft, 0))), rel=1e-5)
-        return
-    want = jax.value_and_grad(lambda of: mixed(*of, targets, valid, teacher))(of)
+    defined = mixed if top_k < 12 else named_alone
+    want = jax.value_and_grad(lambda of: defined(*of, targets, valid, teacher))(of)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
@@ -266,6 +268,32 @@ def test_a_killed_teacher_goes_on_with_the_conversation_it_was_at(teacher, run, 
     put_logits(teacher, settings(), run)  # nothing is left
 
 
+def test_the_teachers_logits_are_never_more_than_it_has_room_for(teacher, run, monkeypatch):
+    """A long conversation behind short ones goes alone, and in parts where it alone is too much."""
+    put_logits(teacher, settings(), run)
+    paths = teacher_files(run / "data")
+    ids, probs = np.fromfile(paths[0], np.int32), np.fromfile(paths[1], np.float32)
+    paths[2].unlink()
+    teaching._top.cache_clear()
+    monkeypatch.setattr(teaching, "_SHORTEST", 8)
+    monkeypatch.setattr(
+        teaching, "_ELEMENTS", 264 * 20
+    )  # two rows of 8 tokens, or one of 16, or 20 of the longest's 32
+    shapes, lengths = [], read_part(run / "data", "train").lengths.tolist()
+    counted = type(teacher.model).logits
+
+    def watched(self, hidden):
+        shapes.append(hidden.shape[0] * hidden.shape[1])
+        return counted(self, hidden)
+
+    monkeypatch.setattr(type(teacher.model), "logits", watched)
+    put_logits(teacher, settings(), run)
+    assert lengths == [9, 5, 12, 30, 7, 5] and sorted(set(shapes)) == [16, 20]
+    np.testing.assert_array_equal(np.fromfile(paths[0], np.int32), ids)
+    np.testing.assert_allclose(np.fromfile(paths[1], np.float32), probs, rtol=1e-5)
+    teaching._top.cache_clear()
+
+
 def test_processes_and_devices_get_their_own_part_of_it(teacher, run):
     put_logits(teacher, settings(), run)
     rows = TrainRows(load_chats(settings().data, 264, run), settings().data, 32, 0)
@@ -344,8 +372,49 @@ def test_a_stage_that_is_done_is_not_done_again(stages):
         assert told == [("sft", "student", "distill", weights), ("load", "teacher"), "logits"]
         with pytest.raises(ConfigError, match=r"the traces are of samples=2, and now it is 4; choose another --run"):
             once(Traces())
-        with pytest.raises(ConfigError, match=r"1 of 40 answers are worth learning; expected two or more: try more"):
+        with pytest.raises(
+            ConfigError,
+            match=r"1 of 40 answers are worth learning; expected two or more: try more problems or "
+            "samples with another --run, or --keep all",
+        ):
             distill(*places, task, folder / "other", Traces(keep="all"), say=told.append)
+
+
+def test_other_problems_or_rewards_need_another_run(stages):
+    folder, told = stages
+    places, path = (folder / "teacher", folder / "student"), folder / "p.jsonl"
+    records = [{"prompt": f"{i}?", "answer": "A", "language": "en"} for i in range(50)]
+
+    def once(records, weights):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        with open_task(path, weights=weights) as task:
+            return distill(*places, task, folder / "run", n_problems=40, say=told.append, quiet=True)
+
+    assert once(records, "choice:1,think:1") == once(records, "choice:1,think:1")
+    n = len(told)
+    for other in ({"answer": "B"}, {"language": "de"}, {"prompt": "x?"}):
+        with pytest.raises(ConfigError, match=r"the traces are of digest=.*, and now it is .*; choose another --run"):
+            once([record | other | {"prompt": f"{i}{other.get('prompt', '?')}"} for i, record in enumerate(records)],
+                 "choice:1,think:1")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"the traces are of rewards=.*, and now it is .*choice.*; choose another"):
+        once(records, "choice")
+    assert len(told) == n
+    kept = json.loads((folder / "run" / "traces" / "traces.json").read_text())
+    del kept["asked"]["digest"], kept["asked"]["rewards"]  # of a run before they were kept
+    (folder / "run" / "traces" / "traces.json").write_text(json.dumps(kept))
+    assert once(records, "choice")
+
+
+def test_a_student_keeps_to_its_teachers_probabilities(stages):
+    folder, told = stages
+    student = folder / "run" / "student"
+    (student / "checkpoints" / "1" / "rest").mkdir(parents=True)
+    save(settings(8), student / "config.json")
+    with open_task("parity:8") as task:
+        once = functools.partial(distill, folder / "teacher", folder / "student", task, folder / "run", say=told.append)
+        with pytest.raises(ConfigError, match=rf"^--logits=0: the student in {student} began with 8; choose another"):
+            once()
+        assert told == [] and once(logits=8)
 
 
 def test_problems_of_a_short_file_are_asked_once(stages):

@@ -13,8 +13,9 @@ from click.testing import CliRunner
 import configs
 from dsjax.cli import cli
 from dsjax.config import ConfigError, replace, save
-from dsjax.data.tokenizer import bytes_tokenizer
-from dsjax.posttrain import grpo, r1, traces
+from dsjax.data.tokenizer import BOS, bytes_tokenizer
+from dsjax.hub.load import Loaded
+from dsjax.posttrain import evaluate, grpo, r1, traces
 from dsjax.posttrain.evaluate import Answer, Asked
 from dsjax.posttrain.problem import Problem
 from dsjax.posttrain.sft import RECIPES, settings
@@ -123,13 +124,16 @@ def test_the_example_is_the_published_pipeline():
 
 
 def checkpoint(folder, config, step):
-    (folder / "checkpoints" / str(step) / "rest").mkdir(parents=True)
+    (folder / "checkpoints" / str(step) / "rest").mkdir(parents=True, exist_ok=True)
     save(replace(config, steps=step), folder / "config.json")
 
 
 def write(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ 'Q' + m.content }}{% endfor %}A<think>"
 
 
 @pytest.fixture
@@ -140,14 +144,14 @@ def places(tmp_path):
     checkpoint(base, runs.micro(tmp_path / "texts"), 5)
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": f"{i}+", "completion": "B"} for i in range(8)])
     letters = [{"prompt": f"{i}?", "answer": "B", "rewards": ["choice"]} for i in range(99)]
-    text = (EXAMPLE.read_text() + '[[measure]]\nname = "other"\ntask = "data/reasoning.jsonl"\nproblems = 2\n').replace(
-        'template = "data/r1_template.jinja"', ""
-    )
+    text = EXAMPLE.read_text() + '[[measure]]\nname = "other"\ntask = "data/reasoning.jsonl"\nproblems = 2\n'
     text = text.replace('rewards = "accuracy', 'rewards = "choice').replace("accuracy", "choice")
     text = text.replace('recipe = "r1"', "config = {seq_len = 32, batch_size = 4}")
     for name in ("r1_1", "r1_2"):
         text = text.replace(f'recipe = "{name}"', f'recipe = "{name}"\nconfig.seq_len = 32\nconfig.grpo.max_tokens = 8')
     (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "r1_template.jinja").write_text(TEMPLATE)
+    bytes_tokenizer().save(base / "tokenizer.json")
     letters = write(tmp_path / "data" / "reasoning.jsonl", letters)
     shutil.copy(letters, tmp_path / "data" / "general_problems.jsonl")
     for name in ("cold_start", "general"):
@@ -197,7 +201,7 @@ def pretend(monkeypatch):
     monkeypatch.setattr(r1.grpo, "train", lambda config, folder, source, **_: run("grpo", folder, source, config))
     monkeypatch.setattr(r1, "write_traces", write_traces)
     monkeypatch.setattr(r1, "ask", ask)
-    monkeypatch.setattr(r1, "load", lambda folder: folder)
+    monkeypatch.setattr(r1, "load", lambda folder: Loaded(None, None, None, runs.micro(folder), folder))
     monkeypatch.setattr(r1.page, "write", lambda folder, path, *_: path.write_text("a page"))
     return begun, die
 
@@ -239,6 +243,13 @@ def test_each_stage_begins_with_what_the_recipe_says(places, pretend):
     )
     begun.clear()
     assert go(places) == result and r1.run(places / "run", places / "run", say=print) == result and not begun
+
+
+def test_problems_of_a_short_file_are_sampled_once(places, pretend):
+    begun, _ = pretend
+    go(places, (places / "r1.toml").read_text().replace("problems = 100_000", "problems = 300"))
+    (n,) = [one[3] for one in begun if one[0] == "traces"]
+    assert 80 < n < 99  # but for those that are held out
 
 
 @pytest.mark.parametrize("name", ["1-cold_start", "2-reasoning_rl", "3-rejection_sampling", "ask base", "ask sft"])
@@ -306,9 +317,98 @@ def test_stages_that_are_done_keep_to_their_recipe_and_others_may_change(places,
     assert [one[1] for one in begun if one[0] == "ask"].count("cold_start") == 1  # the new question alone
 
 
+def test_a_base_without_a_chat_template_is_asked_by_that_of_the_first_stage_that_brings_one(
+    places, pretend, monkeypatch
+):
+    _, die = pretend
+    monkeypatch.setattr(r1, "ask", evaluate.ask)
+    asked = []
+
+    def sample(loaded, prompts, asking, *_):
+        asked.append(loaded.tokenizer.decode(prompts[0], False))
+        return [Answer(n, k, "B", "stop", 3, -1.0) for n in range(len(prompts)) for k in range(asking.samples)]
+
+    monkeypatch.setattr(evaluate, "_ask", sample)
+    die["1-cold_start"] = "killed"
+    with pytest.raises(Killed):
+        go(places)
+    assert len(asked) == 2 and all(text.startswith(f"{BOS}Q") and text.endswith("?A<think>") for text in asked)
+    assert not (places / "base" / "chat_template.jinja").exists()
+    text, said = FITS + '[[measure]]\nname = "a"\ntask = "LETTERS"\nproblems = 2\n', []
+    text = text[: text.index('[[stage]]\nname = "rl"')] + text[text.index("[[measure]]") :]
+    for name, path in {"LETTERS": places / "data" / "reasoning.jsonl", "PAIRS": places / "pairs.jsonl"}.items():
+        text = text.replace(name, str(path))
+    (places / "x.toml").write_text(text.replace("BASE", str(places / "base")))
+    with pytest.raises(ConfigError, match="measure a: style=chat: cold has no chat template"):
+        r1.run(places / "x.toml", places / "without", quiet=True, say=said.append)
+
+
+def test_a_base_that_cannot_be_asked_is_left_out_of_the_table(places, pretend):
+    """Its one stage brings no template, and none is needed: it makes data."""
+    begun, _ = pretend
+    text = FITS[: FITS.index("[[stage]]")] + FITS[FITS.index('[[stage]]\nname = "kept"') :].replace('from = "rl"', "")
+    text += '[[measure]]\nname = "a"\ntask = "LETTERS"\nproblems = 2\n'
+    text = text.replace("LETTERS", str(places / "data" / "reasoning.jsonl")).replace("BASE", str(places / "base"))
+    (places / "x.toml").write_text(text)
+    said = []
+    result = r1.run(places / "x.toml", places / "run", quiet=True, say=said.append)
+    assert said[0] == "base, a: not measured: it has no chat template, and no stage brings one"
+    assert result["done"] and [one[0] for one in begun] == ["traces"]
+    assert r1.table(result)[1] == [("base", "", "5 steps"), ("kept", "traces", "5 kept")]
+
+
+@pytest.mark.parametrize(
+    "before, after, message",
+    [
+        ('recipe = "r1_1"', 'recipe = "r1_2"', "recipe=r1_2: the stage has begun in .* with r1_1; choose another"),
+        ('from = "cold_start"', 'from = "base"', "from=base: the stage has begun in .* with cold_start; choose"),
+        ("config.seq_len = 32\n", "", "config.seq_len=none: the stage has begun in .* with 32; choose another --run"),
+        ("config.steps = 10_000", "config.steps = 10_016", None),
+    ],
+)
+def test_a_stage_in_progress_keeps_to_its_recipe(places, pretend, before, after, message):
+    begun, die = pretend
+    die["2-reasoning_rl"] = "stopped"
+    assert go(places)["done"] is False
+    die.clear()
+    text = (places / "r1.toml").read_text()
+    at = text.index('name = "reasoning_rl"')
+    assert before in text[at:]
+    text = text[:at] + text[at:].replace(before, after, 1)
+    begun.clear()
+    if message is None:
+        assert go(places, text)["done"]
+        return
+    for _ in range(2):  # what was refused is not what it began with
+        with pytest.raises(ConfigError, match=rf"^{places}/r1.toml: stage 2 \(reasoning_rl\): {message}"):
+            go(places, text)
+    assert not begun
+
+
+def test_a_fine_tuning_in_progress_keeps_to_its_template_and_turns(places, pretend):
+    _, die = pretend
+    die["1-cold_start"] = "stopped"
+    go(places)
+    text = (places / "r1.toml").read_text()
+    for before, after, message in (
+        (f'template = "{places}/data/r1_template.jinja"', "", "template=none: the stage has begun in .* with /"),
+        ("# last_turn = false", "last_turn = true", "last_turn=true: the stage has begun in .* with false"),
+        (", batch_size = 4", "", "config.batch_size=none: the stage has begun in .* with 4"),
+    ):
+        assert before in text
+        with pytest.raises(ConfigError, match=rf"^{places}/r1.toml: stage 1 \(cold_start\): {message}"):
+            go(places, text.replace(before, after, 1))
+    (places / "base/checkpoints/5").rename(places / "base/checkpoints/6")
+    with pytest.raises(ConfigError, match=r"base: step is 6, and the stages done in .* with 5; choose another --run"):
+        go(places, text)
+    (places / "base/checkpoints/6").rename(places / "base/checkpoints/5")
+    assert go(places, text.replace("# epochs = 3", "epochs = 3"))["done"] is False  # more passes may be asked for
+
+
 FITS = STAGES.replace("data =", "config = {seq_len = 32, batch_size = 4}\ndata =").replace(
     'from = "cold"', 'from = "cold"\nrecipe = "small"\nconfig = {seq_len = 32, batch_size = 8}'
 )
+FITS = FITS.replace("problems = 4", 'problems = 4\nstyle = "plain"')
 
 
 @pytest.mark.parametrize(
@@ -324,12 +424,39 @@ FITS = STAGES.replace("data =", "config = {seq_len = 32, batch_size = 4}\ndata =
         ('"small"', '"r1_3"', "stage 2 (rl): recipe=r1_3: no such recipe; the nearest is r1_"),
         ('"LETTERS"', '"partiy:24"', "stage 2 (rl): task=partiy:24: expected a .jsonl file, gym:NAME, or parity:BITS"),
         ('"LETTERS"', '"LETTERS"\nrewards = "chioce"', "stage 2 (rl): rewards: chioce: no such reward; the nearest is"),
-        ("problems = 4", '\nproblems = 4\n[[measure]]\nname = "a"\ntask = "b"', "measure a: task=b: expected a .jsonl"),
+        ('"plain"', '"plain"\n[[measure]]\nname = "a"\ntask = "b"', "measure a: task=b: expected a .jsonl"),
+        (
+            '"plain"',
+            '"chat"',
+            "stage 3 (kept): style=chat: rl has no chat template; expected template in a stage of ki",
+        ),
+        (
+            "batch_size = 8",
+            'grpo.style = "chat"',
+            "stage 2 (rl): style=chat: cold has no chat template; expected templ",
+        ),
+        (
+            '"plain"',
+            '"plain"\n[[measure]]\nname = "a"\ntask = "LETTERS"',
+            "measure a: style=chat: cold has no chat template; expected template in a stage of kind sft that it",
+        ),
+        (
+            '"plain"',
+            '"plain"\n[[measure]]\nname = "a"\ntask = "ASKED"\nrewards = "format"\nstyle = "plain"',
+            "measure a: rewards=format: problem 0: expected one of",
+        ),
+        ('"plain"', '"plain"\ntemperature = 0', "stage 3 (kept): samples=4: expected 1 with temperature = 0"),
+        (
+            '"LETTERS"\nproblems',
+            '"ASKED"\nrewards = "think"\nproblems',
+            "stage 3 (kept): rewards=think: problem 0: expected one of",
+        ),
     ],
 )
 def test_what_cannot_be_is_said_before_anything_runs(places, pretend, before, after, message):
     assert before in FITS
     files = {"LETTERS": places / "data" / "reasoning.jsonl", "PAIRS": places / "pairs.jsonl", "BASE": places / "base"}
+    files["ASKED"] = write(places / "asked.jsonl", [{"prompt": f"{i}?", "answer": "B"} for i in range(99)])
     text = FITS.replace(before, after, 1)
     for name, path in files.items():
         text = text.replace(name, str(path))
@@ -355,6 +482,8 @@ def test_a_summary_says_what_was_measured():
     assert found["pass@1"] == 0.25 and found["error"] == pytest.approx(0.25) and found["format"] == 0.5
     assert found["language"] == 0.75 and found["tokens"] == 5 and found["cut_off"] == 0
     assert r1.summary(problems, asked[1:2] + asked[3:])["language"] is None
+    several = [Problem("1", facts={"language": ["en", "de"]})]
+    assert r1.summary(several, asked[:2])["language"] is None
 
 
 # A whole one, at toy scale.

@@ -16,11 +16,12 @@ from click.testing import CliRunner
 
 from dsjax import config as configuration
 from dsjax.cli import cli
-from dsjax.config import ConfigError, replace, save
+from dsjax.config import Config, ConfigError, GrpoConfig, replace, save
 from dsjax.data.chats import load_chats
 from dsjax.data.pipeline import TrainRows
 from dsjax.data.tokenizer import bytes_tokenizer
-from dsjax.posttrain.sft import RECIPES, planned, settings, sft
+from dsjax.posttrain.chats import fingerprint_of
+from dsjax.posttrain.sft import RECIPES, import_hub, planned, settings, sft
 from dsjax.state import Batch
 from dsjax.train import heldout, layout, loop, page, picture
 from dsjax.train.checkpoint import Checkpoints
@@ -173,7 +174,7 @@ def source(tmp_path_factory):
     folder.mkdir()
     config = runs.micro(folder / "texts")
     bytes_tokenizer().save(folder / "tokenizer.json")
-    save(config, folder / "config.json")
+    save(replace(config, grpo=GrpoConfig(task="parity:8", group_size=8)), folder / "config.json")
     with jax.set_mesh(make_mesh(jax.devices()[:1])), Checkpoints(folder) as checkpoints:
         checkpoints.save(5, models.state(config), {"steps": [], "load": []})
     return folder
@@ -237,6 +238,7 @@ def test_a_run_begins_with_weights_alone_and_a_killed_one_goes_on_bit_for_bit(
 ):
     config = configuration.load(run / "config.json")
     assert (config.name, config.data.learn, config.steps) == ("micro-sft", "assistant", 6)
+    assert config.grpo is None  # of what it began with
     assert origin(run) == Origin(str(source), 5, weights_alone=True)
     first, came = runs.state(run, config, 0), runs.state(source, runs.micro(source), 5)
     for name, value in first.items():
@@ -259,12 +261,21 @@ def test_a_run_begins_with_weights_alone_and_a_killed_one_goes_on_bit_for_bit(
     assert f'dsjax generate {killed} --chat --prompt "Hello"' in said
 
 
-def test_a_run_keeps_to_its_conversations(run, source, chats, tmp_path):
+def test_a_run_keeps_to_its_conversations(run, whole, source, chats, tmp_path):
     other = write(tmp_path / "other.jsonl", [talk("a", "b"), talk("c", "d")])
     with pytest.raises(ConfigError, match=rf"^--data={other}: not the conversations that the run in {run} began with"):
         sft(source, run, [str(other)], quiet=True)
     with pytest.raises(ConfigError, match=r"^data.learn=last_turn: the run in .* has assistant and cannot change it"):
         tune(source, run, chats, last_turn=True)
+    kept = configuration.load(run / "config.json")
+    save(replace(kept, data=replace(kept.data, learn="last_turn")), run / "config.json")
+    corpus = json.loads((run / "data" / "facts.json").read_text())
+    corpus["facts"]["sha256"] = fingerprint_of(configuration.load(run / "config.json"), run)
+    (run / "data" / "facts.json").write_text(json.dumps(corpus))
+    with pytest.raises(ConfigError, match=f"^--last-turn: missing; the run in {run} began with it"):
+        tune(source, run, chats)
+    shutil.copy(whole / "data" / "facts.json", run / "data" / "facts.json")
+    save(kept, run / "config.json")
     (tmp_path / "t.jinja").write_text("x")
     with pytest.raises(ConfigError, match=r"^--template=.*t.jinja: not the one that the run in"):
         tune(source, run, chats, template=tmp_path / "t.jinja")
@@ -272,8 +283,9 @@ def test_a_run_keeps_to_its_conversations(run, source, chats, tmp_path):
         tune(source, source, chats)
     loop.train(replace(configuration.load(run / "config.json"), steps=7), run, explicit={"steps": 7}, quiet=True)
     assert runs.rows(run)[-1]["step"] == 7  # the .jsonl file is not asked for
-    tune(source, run, chats, epochs=32)
+    tune(source, run, chats, epochs=32, changes={"data.on_error": "skip"})
     assert runs.rows(run)[-1]["step"] == 8
+    tune(source, run, chats)  # whose conversations are the same
 
 
 def test_it_is_measured_shown_and_drawn(run, chats, tmp_path, monkeypatch):
@@ -288,8 +300,8 @@ def test_it_is_measured_shown_and_drawn(run, chats, tmp_path, monkeypatch):
     assert measured["heldout_documents"] == 1 and measured["heldout_learned"] < measured["heldout_tokens"]
     other = shutil.copyfile(chats, tmp_path / "other.jsonl")
     assert json.loads(dsjax("eval", run, "--json", f"--data.sources={other}"))["heldout_documents"] == 5
-    shown = dsjax("data", "inspect", run, "--n=1")
-    assert "A[learned:]" in shown and "2 documents" in shown
+    shown = dsjax("data", "inspect", run, "--n=1", "--row=1")
+    assert "A[learned:]" in shown and "3 documents" in shown
     assert "nats a learned token" in page.page(run) and "bits a byte" not in page.page(run)
     monkeypatch.undo()
     with (tmp_path / "loss.png").open("wb") as file:
@@ -322,7 +334,7 @@ def test_generate_chat_answers_as_it_was_taught(source, chats, tmp_path, fast):
 
 
 @pytest.mark.slow
-def test_a_hub_folder_is_tuned_in_a_folder_of_its_own(chats, tmp_path, monkeypatch):
+def test_a_hub_folder_is_tuned_in_a_folder_of_its_own(source, chats, tmp_path, monkeypatch):
     import checkpoints
 
     monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:1])
@@ -333,12 +345,33 @@ def test_a_hub_folder_is_tuned_in_a_folder_of_its_own(chats, tmp_path, monkeypat
     changes = {"seq_len": 32, "batch_size": 4}
     with monkeypatch.context() as patch, pytest.raises(Killed):
         killed_at(patch, 0)
-        tune(hub, tmp_path / "run", chats, template=None, epochs=4, changes=changes)
+        tune(hub, tmp_path / "run", chats, epochs=40, changes={"seq_len": 24, "batch_size": 4, "seed": 5})
     result = tune(hub, tmp_path / "run", chats, template=None, epochs=4, changes=changes)
     config = configuration.load(tmp_path / "run" / "config.json")
     assert (config.name, config.steps, config.batch_size, result["step"]) == ("hub-sft", 2, 4, 2)
+    assert (config.seq_len, config.seed) == (32, 0)  # nothing of what took no step
     tune(hub, tmp_path / "run", chats, template=None, changes={"steps": 3})
     assert runs.rows(tmp_path / "run")[-1]["step"] == 3
+    with pytest.raises(ConfigError, match=rf"other: the run in {tmp_path}/run began with {hub}; choose another --run"):
+        tune(shutil.copytree(hub, tmp_path / "other"), tmp_path / "run", chats, template=None)
+    with pytest.raises(ConfigError, match=rf"^{source}: the run in {tmp_path}/run began with {hub}; choose another"):
+        tune(source, tmp_path / "run", chats, template=None)
+
+
+def test_an_import_is_of_one_folder_and_begins_afresh_until_a_step_is_taken(tmp_path):
+    import checkpoints
+
+    hub = checkpoints.write(tmp_path / "hub", checkpoints.draw(model := checkpoints.KINDS["deepseek_v3"]), model)
+    bytes_tokenizer().save(hub / "tokenizer.json")
+    run = tmp_path / "run"
+    import_hub(hub, run, Config(), True)
+    fresh = configuration.load(run / "config.json")
+    save(replace(fresh, seq_len=16, seed=9), run / "config.json")
+    import_hub(hub, run, Config(), True)
+    assert configuration.load(run / "config.json") == fresh
+    other = Path(shutil.copytree(hub, tmp_path / "other"))
+    with pytest.raises(ConfigError, match=f"^{other}: the run in {run} began with {hub}; choose another --run"):
+        import_hub(other, run, Config(), True)
 
 
 # Settings.
@@ -374,7 +407,8 @@ def test_steps_are_the_rows_of_the_epochs(run):
     for epochs, steps in ((4, 1), (5, 2), (6.5, 2), (100, 25)):
         assert planned(config, corpus, epochs, {}).steps == steps
     assert planned(config, corpus, 400, {}).eval_every == 10
-    assert planned(config, corpus, 1, {"steps": 6, "log_every": 10}).steps == 6
+    given = planned(replace(config, log_every=7), corpus, 1, {"steps": 6, "log_every": 7})
+    assert (given.steps, given.log_every, given.eval_every, given.checkpoint_every) == (6, 7, 1, 1)
     with pytest.raises(
         ConfigError, match=r"^batch_size=8: 3 epochs of these conversations are 6 rows of 32 tokens; exp"
     ):

@@ -15,7 +15,7 @@ from dsjax.posttrain.chats import read_chats, render_record
 from dsjax.posttrain.evaluate import Answer, Asked
 from dsjax.posttrain.problem import Problem
 from dsjax.posttrain.tasks import begun, encode
-from dsjax.posttrain.traces import language_share, record, write_traces
+from dsjax.posttrain.traces import distinct, language_share, record, write_traces
 
 CFG = models.v3(num_hidden_layers=2, max_position_embeddings=64, vocab_size=264)
 BYTES = bytes_tokenizer()
@@ -23,6 +23,9 @@ BYTES = bytes_tokenizer()
 THINKS = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'U' + m.content }}{% else -%}
 {{ 'A' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}
 {%- if add_generation_prompt %}{{ 'A<think>\\n' }}{% endif %}"""
+
+TURNS = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ 'U' + m.content }}{% else -%}
+{{ 'A' + m.content + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'A' }}{% endif %}"""
 
 
 class Letters:
@@ -53,7 +56,7 @@ def loaded(tmp_path_factory):
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def said(problem, sample, text, accuracy=1.0, form=1.0, reason="stop", n_tokens=5, before=""):
@@ -104,6 +107,35 @@ def test_what_is_kept_can_be_chosen_but_not_what_was_cut_off(monkeypatch, tmp_pa
     thoughts = [said(0, 0, "so it is", before="<think>"), said(0, 1, "so</think>it is", before="<think>")]
     counts, rows = kept(monkeypatch, tmp_path / "t.jsonl", thoughts, keep="all", style="chat")
     assert counts["cut_off"] == 1 and rows[0]["messages"][1]["content"] == "<think>so</think>it is"
+
+
+def test_problems_that_come_round_again_are_one(monkeypatch, tmp_path):
+    class Short(Letters):
+        pass
+
+    assert distinct(Short(), 8) == PROBLEMS
+    twice = [said(0, 0, "one"), said(1, 0, "two"), said(1, 1, "three")]
+    monkeypatch.setattr("test_traces.PROBLEMS", [PROBLEMS[0]] * 2)
+    counts, rows = kept(monkeypatch, tmp_path / "out.jsonl", twice, most=2)
+    assert [row["completion"] for row in rows] == ["one", "two"] and (counts["over"], counts["solved"]) == (1, 1)
+
+
+def test_an_answer_with_any_line_break_of_unicode_is_one_record(monkeypatch, tmp_path):
+    text = "one\u2028two\u2029three\x85four\nfive"
+    _, rows = kept(monkeypatch, tmp_path / "out.jsonl", [said(0, 0, text)])
+    assert [row["completion"] for row in rows] == [text]
+    data = DataConfig(sources=(str(tmp_path / "out.jsonl"),))
+    ((_, (read,), _),) = read_chats(data, 2048, None, BYTES, {})
+    assert BYTES.decode(read.tokens[read.learned]) == text
+
+
+def test_turns_that_were_given_are_not_learned():
+    template = ChatTemplate(TURNS, "t.jinja", {"bos_token": BOS, "eos_token": EOS})
+    given = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"})
+    row = record(Problem(given), said(0, 0, "d"), {"accuracy": 1.0, "format": 1.0}, "chat")
+    (chat,) = render_record(row, template, BYTES)
+    assert BYTES.decode(chat.tokens[chat.learned], False) == f"d{EOS}"
+    assert BYTES.decode(chat.tokens, False) == f"{BOS}UaAb{EOS}UcAd{EOS}"
 
 
 def test_sft_learns_what_the_model_said_behind_its_prompt(tmp_path):
