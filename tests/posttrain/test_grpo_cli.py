@@ -54,7 +54,10 @@ def problems(tmp_path_factory):
         (["--task=parity:8", "--steps=10", "--grpo.updates=4"], "grpo.updates=4: expected a divisor of steps=10"),
         (["--task=parity:8", "--style=talk"], "grpo.style=talk: expected one of"),
         (["--task=parity:8", "--style=chat"], "runs/micro-grpo: no chat template; looked for"),
-        (["--task=parity:8", "--grpo.rewards=style:1"], "rewards: style: no such reward; the nearest is language of accuracy"),
+        (
+            ["--task=parity:8", "--grpo.rewards=style:1"],
+            "rewards: style: no such reward; the nearest is language of accuracy",
+        ),
         (["--task=parity:8", "--recipe=math"], "seq_len=2048: expected at most model.max_position_embeddings=96"),
         (["--task=parity:8"], "seq_len=32: a prompt of "),
         (["--task=none.jsonl"], "task=none.jsonl: expected a .jsonl file, gym:NAME, or parity:BITS"),
