@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: about ten minutes on two cores."""
+    """How much of everything: about a quarter of an hour on two cores."""
 
     base_steps: int = 300  # of pre-training
     chains: float = 0.02  # of the student's documents that have a chain; of the teacher's, a tenth
@@ -89,6 +89,7 @@ def test(folder: Path, n_seeds: int, say: Say, sizes: Sizes = Sizes()) -> dict[s
     result = compare(rows) | {
         "teacher": first,
         "teacher_flops": rl_flops(teacher),
+        "command": f"dsjax claims distillation --seeds={n_seeds} --chains={sizes.chains}",
         "sizes": vars(sizes),
         "seconds": clock.seconds,
         "machine": loop.machine(),

@@ -187,6 +187,8 @@ def test(config: Config, n_seeds: int, rl_steps: int, folder: Path, say: Callabl
     result = compare(found)
     whole = {
         **result,
+        "command": f"dsjax claims r1_zero --seed={config.seed} --seeds={n_seeds} --steps={config.steps} "
+        f"--rl-steps={rl_steps}",
         "bits": N_BITS,
         "chain_share": CHAIN_SHARE,
         "steps": {"pre-training": config.steps, "reinforcement": rl_steps, "more": more_steps},

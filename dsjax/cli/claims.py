@@ -174,8 +174,8 @@ def claims_distillation(seeds: int, chains: float, out: str | None, as_json: boo
     much compute, on the parity of 24 bits.
 
     The teacher is pre-trained with a chain of thought in a tenth of its documents and then by rewards. The claim holds
-    if in two seeds of three the taught model is 10 points of accuracy ahead. About ten minutes on two cores. A stopped
-    command goes on where it was.
+    if in two seeds of three the taught model is 10 points of accuracy ahead. About a quarter of an hour on two cores. A
+    stopped command goes on where it was.
     """
     from dsjax.claims import distillation
     from dsjax.train.programs import keep_programs

@@ -168,14 +168,13 @@ def test_the_recipes_are_the_published_ones(source):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("max_staleness", [0, 1])
-def test_a_killed_process_goes_on_with_the_same_rewards(source, problems, tmp_path, max_staleness):
+def test_a_killed_process_goes_on_with_the_same_rewards(source, problems, tmp_path):
     env = runs.environment(tmp_path / "compiled")
-    options = [a.replace("PROBLEMS", str(problems)) for a in SMALL] + [f"--grpo.max-staleness={max_staleness}"]
+    options = [a.replace("PROBLEMS", str(problems)) for a in SMALL] + ["--grpo.max-staleness=1"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     result = runs.dsjax("grpo", source, "--run", whole, *options, env=env)
     assert result.returncode == 0, result.stderr
-    for number, n_rows in ((signal.SIGKILL, 0), (signal.SIGKILL, 4), (signal.SIGTERM, 7), (signal.SIGKILL, 9)):
+    for number, n_rows in ((signal.SIGKILL, 0), (signal.SIGKILL, 4), (signal.SIGTERM, 7)):
         with runs.started("grpo", source, "--run", killed, *options, env=env) as process:
             while process.poll() is None and len(toys.rows(killed, "train")) < n_rows + 1:
                 time.sleep(0.003)
