@@ -56,7 +56,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         for panel in (right, form, length):
             panel.set_xticks(range(len(stages)), stages, rotation=25, ha="right")
             if panel.get_legend_handles_labels()[0]:
-                panel.legend(fontsize=9)
+                panel.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.26), ncols=3)  # hides no point
         with replacing(path) as file:
             figure.savefig(file, dpi=110)
 
