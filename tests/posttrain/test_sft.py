@@ -310,16 +310,6 @@ def test_it_is_measured_shown_and_drawn(run, chats, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_devices_with_micro_batches_and_the_check_agree_with_one(run, source, chats, tmp_path, monkeypatch):
-    monkeypatch.setattr(layout, "devices", lambda: jax.devices()[:2])
-    monkeypatch.setattr(loop, "jit_train_step", MAKE)
-    tune(source, tmp_path / "two", chats, epochs=24, changes={"faults.check_every": 3, "accumulate": 2})
-    for a, b in zip(runs.rows(tmp_path / "two"), runs.rows(run), strict=True):
-        for name in {"loss", "heldout_nats"} & a.keys():
-            assert a[name] == pytest.approx(b[name], rel=1e-4)
-
-
-@pytest.mark.slow
 def test_generate_chat_answers_as_it_was_taught(source, chats, tmp_path, fast):
     folder = tmp_path / "run"
     tune(source, folder, chats, changes={"steps": 40, "optimizer.peak_lr": 1e-2, "eval_every": 40})
